@@ -1,0 +1,91 @@
+"""Causal attention over a paged KV cache, and writing to that cache.
+
+The cache of all layers is one array ``[layers, blocks, block_size, kv_heads, head_dim]`` for keys and one
+for values. A sequence's block table names the blocks that hold its positions, in order. Block 0 is no
+sequence's: padding tokens write there.
+"""
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+from jaxtyping import Float, Int32
+
+from moelora_kernels.attention import reference
+from moelora_kernels.buffers import result
+from moelora_kernels.tiles import group_tiles
+from moelora_kernels.types import Buffer
+
+
+def query_tiles(
+    query_counts: Int32[Array, " sequences"], tokens: int, tile_rows: int
+) -> Int32[Array, "tiles 3"]:
+    """Tile map (sequence, first token, end token) of packed queries, unused entries -1.
+
+    Args:
+        query_counts: tokens of each sequence in this batch; the sequences lie one after another.
+        tokens: tokens of the bucket.
+        tile_rows: tokens of a full tile.
+    """
+    num_tiles = tokens // tile_rows + min(tokens, query_counts.shape[0])
+    return jnp.stack(group_tiles(query_counts, tile_rows, num_tiles), axis=1)
+
+
+def write_cache(
+    cache: jax.Ref,
+    values: Float[Array, "tokens kv_heads head_dim"],
+    layer: Int32[Array, ""],
+    block_of_token: Int32[Array, " tokens"],
+    offset_of_token: Int32[Array, " tokens"],
+) -> None:
+    """Write keys or values of new tokens to one layer of the cache, in place.
+
+    Args:
+        cache: ``[layers, blocks, block_size, kv_heads, head_dim]``.
+        values: what to write; rounded to the cache's dtype.
+        layer: layer of the cache.
+        block_of_token: block of each token; 0 for padding.
+        offset_of_token: position within the block.
+    """
+    cache[layer, block_of_token, offset_of_token] = values.astype(cache.dtype)
+
+
+def paged_attention(
+    queries: Float[Array, "tokens heads head_dim"],
+    k_cache: Buffer,
+    v_cache: Buffer,
+    layer: Int32[Array, ""],
+    block_table: Int32[Array, "sequences blocks"],
+    positions: Int32[Array, " tokens"],
+    tiles: Int32[Array, "tiles 3"],
+    *,
+    tile_rows: int,
+    scale: float,
+    out: jax.Ref | None = None,
+) -> Buffer:
+    """Attention of packed queries to the cached positions of their own sequence, up to their own.
+
+    Softmax and sums are in float32. Query heads are grouped over the key heads.
+
+    Args:
+        queries: packed queries; their keys and values are in the cache already.
+        k_cache: keys ``[layers, blocks, block_size, kv_heads, head_dim]``.
+        v_cache: values, same shape.
+        layer: layer of the caches.
+        block_table: blocks of each sequence; entries past its length are any valid block.
+        positions: position of each token in its sequence.
+        tiles: from :func:`query_tiles`.
+        tile_rows: what the tiles were made with.
+        scale: factor on the scores.
+        out: ``[>= tokens, heads, head_dim]`` in the dtype of ``queries``.
+
+    Returns:
+        ``[tokens, heads, head_dim]``; not defined for tokens in no tile.
+    """
+    if queries.shape[1] % k_cache.shape[3]:
+        raise ValueError(
+            f"{queries.shape[1]} query heads cannot be grouped over {k_cache.shape[3]} key heads"
+        )
+    value = reference.paged_attention(
+        queries, k_cache, v_cache, layer, block_table, positions, tiles, tile_rows, scale
+    )
+    return result(out, value)

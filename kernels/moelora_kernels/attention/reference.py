@@ -1,0 +1,53 @@
+"""Causal attention over a paged KV cache in plain ``jax.numpy``."""
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from moelora_kernels.buffers import new_buffer
+from moelora_kernels.tiles import TileRows, for_each_tile
+
+
+def paged_attention(
+    queries: Array,
+    k_cache: jax.Ref | Array,
+    v_cache: jax.Ref | Array,
+    layer: Array,
+    block_table: Array,
+    positions: Array,
+    query_tiles: Array,
+    tile_rows: int,
+    scale: float,
+) -> Array:
+    """See :func:`moelora_kernels.paged_attention`."""
+    tokens, heads, head_dim = queries.shape
+    kv_heads = k_cache.shape[3]
+    group = heads // kv_heads
+    out = new_buffer(queries.shape, queries.dtype)
+
+    def tile(entry: Array) -> None:
+        sequence, first, end = entry
+        window = TileRows(first, end, tile_rows, tokens)
+        blocks = block_table[sequence]
+        keys = k_cache[layer, blocks].reshape(-1, kv_heads, head_dim)
+        values = v_cache[layer, blocks].reshape(-1, kv_heads, head_dim)
+        query = window.take(queries).reshape(window.size, kv_heads, group, head_dim)
+        position = jnp.where(window.valid, window.take(positions), 0)
+        context = jnp.arange(keys.shape[0], dtype=jnp.int32)
+
+        scores = jnp.einsum(
+            "qhgd,khd->hgqk", query, keys, preferred_element_type=jnp.float32
+        ) * jnp.float32(scale)
+        visible = context[None, :] <= position[:, None]
+        scores = jnp.where(visible, scores, -jnp.inf)
+        weights = jax.nn.softmax(scores, axis=-1).astype(queries.dtype)
+        # A zero weight does not undo a NaN in a position that was never written.
+        values = jnp.where((context <= jnp.max(position))[:, None, None], values, 0)
+        value = jnp.einsum(
+            "hgqk,khd->qhgd", weights, values, preferred_element_type=jnp.float32
+        ).reshape(window.size, heads, head_dim)
+        where = jax.ds(window.start, window.size)
+        out[where] = jnp.where(window.valid[:, None, None], value.astype(out.dtype), out[where])
+
+    for_each_tile(query_tiles, tile)
+    return out[...]

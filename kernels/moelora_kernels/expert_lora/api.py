@@ -1,0 +1,141 @@
+"""Expert projections with LoRA: shrink, gate_up with expand and activation, down with expand.
+
+The math of one pair (token with hidden state x, expert e) whose token has adapter a with scaling s:
+
+    gate = Wg[e]·x + s·Bg[a,e]·(Ag[a,e]·x)        up likewise
+    h    = activation(gate, up)
+    y    = Wd[e]·h + s·Bd[a,e]·(Ad[a,e]·h)
+
+Products accumulate in float32. Rank activations are scaled in float32 and rounded once to the compute
+dtype. A row without an adapter takes exactly the path of the base model.
+"""
+
+from collections.abc import Sequence
+from typing import Literal
+
+import jax
+from jax import Array
+from jaxtyping import Float, Int32
+
+from moelora_kernels.buffers import read, result
+from moelora_kernels.expert_lora import reference
+from moelora_kernels.types import Buffer, SitePages, TokenSort
+
+Activation = Literal["silu", "clamped_swiglu"]
+
+
+def shrink(
+    x: Buffer,
+    sort: TokenSort,
+    sites: Sequence[SitePages],
+    layer: Int32[Array, ""],
+    *,
+    pairs: int,
+    tile_rows: int,
+    top_k: int | None = None,
+    out: jax.Ref | None = None,
+) -> Buffer:
+    """Rank activations: ``scaling · (A · x)`` of every row's own adapter.
+
+    Args:
+        x: with ``top_k``, hidden states of tokens ``[tokens, in]``; without, sorted rows ``[pairs, in]``.
+        sort: the token sort.
+        sites: sites that read the same ``x``, of equal ``max_rank``.
+        layer: row of the page tables.
+        pairs: rows of this batch, ``tokens * top_k``.
+        tile_rows: what the sort was made with.
+        top_k: choices per token, where ``x`` has one row per token.
+        out: ``[sites, >= pairs, max_rank]`` in the dtype of ``x``.
+
+    Returns:
+        ``[sites, pairs, max_rank]`` in sorted order. Rows without an adapter, and rank columns past an
+        adapter's last page, are not defined.
+    """
+    if len({site.max_rank for site in sites}) != 1:
+        raise ValueError(f"sites of one shrink differ in max_rank: {[s.max_rank for s in sites]}")
+    rows = read(x, pairs) if top_k is None else reference.gather_rows(x, sort, pairs, top_k)
+    return result(out, reference.shrink(rows, sort, sites, layer, tile_rows))
+
+
+def gate_up(
+    x: Buffer,
+    weight: Float[Array, "layers experts 2 intermediate hidden"],
+    sort: TokenSort,
+    layer: Int32[Array, ""],
+    *,
+    top_k: int,
+    tile_rows: int,
+    activation: Activation = "silu",
+    bias: Float[Array, "layers experts 2 intermediate"] | None = None,
+    rank_activations: Buffer | None = None,
+    sites: tuple[SitePages, SitePages] | None = None,
+    out: jax.Ref | None = None,
+) -> Buffer:
+    """Gate and up projections of every pair, LoRA added, and the gated activation.
+
+    Args:
+        x: hidden states ``[tokens, hidden]`` in the compute dtype.
+        weight: gate (index 0) and up (1) projections of all layers.
+        sort: the token sort.
+        layer: row of ``weight`` and of the page tables.
+        top_k: choices per token.
+        tile_rows: what the sort was made with.
+        activation: ``silu``: silu(gate)·up. ``clamped_swiglu``: (clip(up, ±7) + 1)·g·sigmoid(1.702 g)
+            with g = min(gate, 7), as in gpt-oss.
+        bias: added before the activation.
+        rank_activations: ``[2, >= pairs, max_rank]`` from :func:`shrink`, or None for the base model.
+        sites: pages of gate and up; needed with ``rank_activations``.
+        out: ``[>= pairs, intermediate]`` in the dtype of ``x``.
+
+    Returns:
+        ``[pairs, intermediate]`` in sorted order; rows past the last real pair are not defined.
+    """
+    _require_together(rank_activations, sites)
+    pairs = x.shape[0] * top_k
+    rows = reference.gather_rows(x, sort, pairs, top_k)
+    ranks = None if rank_activations is None else read(rank_activations)[:, :pairs]
+    value = reference.gate_up(
+        rows, weight, bias, sort, layer, ranks, sites or (), activation, tile_rows
+    )
+    return result(out, value)
+
+
+def down(
+    hidden: Buffer,
+    weight: Float[Array, "layers experts hidden intermediate"],
+    sort: TokenSort,
+    layer: Int32[Array, ""],
+    *,
+    pairs: int,
+    tile_rows: int,
+    bias: Float[Array, "layers experts hidden"] | None = None,
+    rank_activations: Buffer | None = None,
+    site: SitePages | None = None,
+    out: jax.Ref | None = None,
+) -> Buffer:
+    """Down projection of every pair, LoRA added.
+
+    Args:
+        hidden: ``[>= pairs, intermediate]`` from :func:`gate_up`.
+        weight: down projections of all layers.
+        sort: the token sort.
+        layer: row of ``weight`` and of the page table.
+        pairs: rows of this batch, ``tokens * top_k``.
+        tile_rows: what the sort was made with.
+        bias: added to every pair's output.
+        rank_activations: ``[1, >= pairs, max_rank]`` from :func:`shrink` of ``hidden``, or None.
+        site: pages of down; needed with ``rank_activations``.
+        out: float32 ``[>= pairs, hidden]``.
+
+    Returns:
+        float32 ``[pairs, hidden]`` in sorted order; rows past the last real pair are not defined.
+    """
+    _require_together(rank_activations, site)
+    ranks = None if rank_activations is None else read(rank_activations)[:, :pairs]
+    rows = read(hidden, pairs)
+    return result(out, reference.down(rows, weight, bias, sort, layer, ranks, site, tile_rows))
+
+
+def _require_together(rank_activations: Buffer | None, pages: object | None) -> None:
+    if (rank_activations is None) != (pages is None):
+        raise ValueError("rank activations and pages must be given together")

@@ -1,0 +1,36 @@
+"""Router top-k: from router logits to each token's experts and weights."""
+
+from typing import Literal
+
+from jax import Array
+from jaxtyping import Float, Int32
+
+from moelora_kernels.router import reference
+
+
+def route(
+    logits: Float[Array, "tokens experts"],
+    *,
+    top_k: int,
+    scoring: Literal["softmax", "sigmoid"] = "softmax",
+    renormalize: bool = True,
+) -> tuple[Int32[Array, "tokens top_k"], Float[Array, "tokens top_k"]]:
+    """Choose ``top_k`` experts for every token.
+
+    Scores are computed in float32. Among equal scores the lower expert index wins.
+
+    Args:
+        logits: router logits.
+        top_k: experts per token.
+        scoring: ``softmax`` over all experts, or ``sigmoid`` of each.
+        renormalize: divide the chosen scores by their sum.
+
+    Returns:
+        Experts in descending order of score, int32, and their weights, float32.
+
+    Raises:
+        ValueError: ``top_k`` is not between 1 and the number of experts.
+    """
+    if not 1 <= top_k <= logits.shape[1]:
+        raise ValueError(f"top_k is {top_k}, but there are {logits.shape[1]} experts")
+    return reference.route(logits, top_k=top_k, scoring=scoring, renormalize=renormalize)

@@ -1,0 +1,71 @@
+"""Token sort: pairs (token, choice) grouped by expert and adapter, with tile maps."""
+
+import jax
+from jax import Array
+from jaxtyping import Int32
+
+from moelora_kernels.buffers import result
+from moelora_kernels.sort import reference
+from moelora_kernels.types import TokenSort
+
+
+def token_sort_shapes(
+    tokens: int, top_k: int, *, num_experts: int, num_adapters: int, tile_rows: int
+) -> TokenSort:
+    """Shapes of the arrays of a sort, all int32: what a workspace must hold.
+
+    The maps are as long as the worst routing needs: one partly filled tile in every group that can
+    have rows at all.
+    """
+    pairs = tokens * top_k
+    expert_tiles = pairs // tile_rows + min(pairs, num_experts)
+    run_tiles = pairs // tile_rows + min(pairs, num_experts * num_adapters) if num_adapters else 0
+    shapes = TokenSort((pairs,), (pairs,), (expert_tiles, 3), (run_tiles, 4))  # type: ignore[arg-type]
+    return TokenSort(*(jax.ShapeDtypeStruct(shape, "int32") for shape in shapes))  # type: ignore[arg-type]
+
+
+def sort_tokens(
+    experts: Int32[Array, "tokens top_k"],
+    adapter_of_token: Int32[Array, " tokens"] | None,
+    num_tokens: Int32[Array, ""],
+    *,
+    num_experts: int,
+    num_adapters: int,
+    tile_rows: int,
+    out: TokenSort | None = None,
+) -> TokenSort:
+    """Sort pairs by (expert, adapter), stably, and cut the rows into tiles.
+
+    Args:
+        experts: chosen experts, each in ``[0, num_experts)``.
+        adapter_of_token: adapter slot of each token in ``[0, num_adapters)``, or -1 for none; None when
+            no token has an adapter.
+        num_tokens: tokens that are real; the others are padding and get no row.
+        num_experts: E.
+        num_adapters: adapter slots; 0 is allowed.
+        tile_rows: rows of a full tile.
+        out: references to write, at least as large as :func:`token_sort_shapes` says.
+
+    Returns:
+        The sort; see :class:`TokenSort`. With ``out``, its references.
+    """
+    if tile_rows < 1:
+        raise ValueError(f"tile_rows must be at least 1, not {tile_rows}")
+    shapes = token_sort_shapes(
+        *experts.shape, num_experts=num_experts, num_adapters=num_adapters, tile_rows=tile_rows
+    )
+    # The maps fill the whole workspace, so that no entry of an earlier, larger batch is left in them.
+    sizes = shapes if out is None else out
+    values = reference.sort_tokens(
+        experts,
+        adapter_of_token,
+        num_tokens,
+        num_experts=num_experts,
+        num_adapters=num_adapters,
+        tile_rows=tile_rows,
+        num_expert_tiles=sizes.expert_tiles.shape[0],
+        num_run_tiles=sizes.run_tiles.shape[0],
+    )
+    if out is None:
+        return TokenSort(*values)
+    return TokenSort(*(result(ref, value) for ref, value in zip(out, values, strict=True)))  # type: ignore[arg-type]

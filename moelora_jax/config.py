@@ -1,0 +1,263 @@
+"""Frozen, hashable descriptions: the model, its MoE layers, LoRA limits, buckets and the cache.
+
+Nothing here touches a device or a file. Everything that decides a shape is in one of these classes, so
+a compiled program is determined by them alone.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Literal
+
+from moelora_kernels.types import PAGE_ROWS
+
+from moelora_jax.errors import CapacityError
+
+Scoring = Literal["softmax", "sigmoid"]
+Activation = Literal["silu", "clamped_swiglu"]
+
+
+@dataclass(frozen=True)
+class MoeConfig:
+    """One routed Mixture-of-Experts layer.
+
+    Attributes:
+        num_experts: routed experts per layer (E).
+        top_k: experts per token (k).
+        hidden_size: width of the residual stream (H).
+        intermediate_size: width inside one expert (I).
+        scoring: how router logits become probabilities.
+        renormalize: whether the k chosen probabilities are divided by their sum.
+        routed_scaling: factor on the weighted sum of the experts.
+        activation: ``silu`` is silu(gate)·up; ``clamped_swiglu`` is the form of gpt-oss.
+    """
+
+    num_experts: int
+    top_k: int
+    hidden_size: int
+    intermediate_size: int
+    scoring: Scoring = "softmax"
+    renormalize: bool = True
+    routed_scaling: float = 1.0
+    activation: Activation = "silu"
+
+    def __post_init__(self) -> None:
+        for name in ("num_experts", "top_k", "hidden_size", "intermediate_size"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"MoeConfig.{name} must be at least 1, not {getattr(self, name)}")
+        if self.top_k > self.num_experts:
+            raise ValueError(
+                f"MoeConfig.top_k is {self.top_k}, more than num_experts {self.num_experts}"
+            )
+
+
+@dataclass(frozen=True)
+class LoraSite:
+    """A linear map of the model that adapters may change, in every layer that has it.
+
+    Attributes:
+        name: the field's name of the projection, unique within a model: ``q_proj``, ``gate_proj``.
+        in_features: width of A.
+        out_features: height of B.
+        layers: the model's layer indices that have this site. Page tables have one row for each.
+        num_experts: E for a projection of routed experts, 0 for a dense linear layer.
+    """
+
+    name: str
+    in_features: int
+    out_features: int
+    layers: tuple[int, ...]
+    num_experts: int = 0
+
+    @property
+    def table_experts(self) -> int:
+        """Experts dimension of the page table: a dense site is a site with one expert."""
+        return max(self.num_experts, 1)
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """A decoder-only transformer whose feed-forward layers are MoE layers or dense MLPs.
+
+    Attributes:
+        architecture: the entry of ``architectures`` in the checkpoint's config.json.
+        vocab_size: rows of the embedding.
+        num_layers: decoder layers.
+        num_heads: query heads.
+        num_kv_heads: key and value heads.
+        head_dim: width of one head.
+        moe: the routed layers, all alike.
+        moe_layers: indices of the layers with routed experts; the others have a dense MLP.
+        dense_intermediate_size: width inside a dense MLP.
+        rope_theta: base of the rotary position embedding.
+        norm_eps: added to the variance in RMSNorm.
+        attention_bias: whether q, k, v and o projections have biases.
+        tie_embeddings: whether the output projection is the embedding.
+        max_position: longest sequence that the checkpoint was made for.
+        eos_tokens: token ids that end a generation.
+    """
+
+    architecture: str
+    vocab_size: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    moe: MoeConfig
+    moe_layers: tuple[int, ...]
+    dense_intermediate_size: int = 0
+    rope_theta: float = 10000.0
+    norm_eps: float = 1e-6
+    attention_bias: bool = False
+    tie_embeddings: bool = False
+    max_position: int = 4096
+    eos_tokens: tuple[int, ...] = ()
+
+    @property
+    def hidden_size(self) -> int:
+        return self.moe.hidden_size
+
+    @property
+    def dense_layers(self) -> tuple[int, ...]:
+        return tuple(i for i in range(self.num_layers) if i not in self.moe_layers)
+
+    def lora_sites(self) -> tuple[LoraSite, ...]:
+        """Every projection that an adapter may change, attention first, then experts."""
+        hidden, inner = self.moe.hidden_size, self.moe.intermediate_size
+        queries, keys = self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim
+        everywhere = tuple(range(self.num_layers))
+        return (
+            LoraSite("q_proj", hidden, queries, everywhere),
+            LoraSite("k_proj", hidden, keys, everywhere),
+            LoraSite("v_proj", hidden, keys, everywhere),
+            LoraSite("o_proj", queries, hidden, everywhere),
+            LoraSite("gate_proj", hidden, inner, self.moe_layers, self.moe.num_experts),
+            LoraSite("up_proj", hidden, inner, self.moe_layers, self.moe.num_experts),
+            LoraSite("down_proj", inner, hidden, self.moe_layers, self.moe.num_experts),
+        )
+
+
+@dataclass(frozen=True)
+class LoraConfig:
+    """Limits of what adapters may be resident on the device at once.
+
+    Attributes:
+        max_adapters: slots in the page tables.
+        max_rank: largest rank of any factor, rounded up to whole pages in the tables. A larger limit
+            costs table entries and rank-activation columns, not time or page memory.
+        pool_rank: the page pools are sized for ``max_adapters`` adapters that have this rank at every
+            site and expert. Adapters of other ranks share the same pages.
+        sites: names of the sites that get tables and pools; None means all that the model has.
+    """
+
+    max_adapters: int = 8
+    max_rank: int = 64
+    pool_rank: int = 16
+    sites: tuple[str, ...] | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("max_adapters", "max_rank", "pool_rank"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"LoraConfig.{name} must be at least 1, not {getattr(self, name)}")
+
+    @property
+    def max_pages(self) -> int:
+        """Pages that one factor of the largest rank takes."""
+        return pages_of_rank(self.max_rank)
+
+    def select(self, sites: tuple[LoraSite, ...]) -> tuple[LoraSite, ...]:
+        """The model's sites that are enabled here."""
+        if self.sites is None:
+            return sites
+        known = {site.name for site in sites}
+        for name in self.sites:
+            if name not in known:
+                raise ValueError(f"LoraConfig.sites: no site {name!r}; the model has {sorted(known)}")
+        return tuple(site for site in sites if site.name in self.sites)
+
+
+@dataclass(frozen=True, order=True)
+class Bucket:
+    """A static batch shape: up to ``tokens`` tokens that belong to up to ``sequences`` sequences."""
+
+    tokens: int
+    sequences: int
+
+
+@dataclass(frozen=True)
+class BucketConfig:
+    """The batch shapes that programs are compiled for.
+
+    Attributes:
+        decode: batch sizes of the decode programs, one token for each sequence.
+        prefill: token counts of the prefill programs, shared by up to ``max(decode)`` sequences.
+    """
+
+    decode: tuple[int, ...] = (1, 4, 16)
+    prefill: tuple[int, ...] = (32, 128, 512)
+
+    def __post_init__(self) -> None:
+        for name in ("decode", "prefill"):
+            sizes = getattr(self, name)
+            if not sizes or min(sizes) < 1 or list(sizes) != sorted(set(sizes)):
+                raise ValueError(
+                    f"BucketConfig.{name} must be ascending positive sizes, not {sizes}"
+                )
+
+    @property
+    def max_sequences(self) -> int:
+        return self.decode[-1]
+
+    @property
+    def max_tokens(self) -> int:
+        return max(self.decode[-1], self.prefill[-1])
+
+    def decode_buckets(self) -> Iterator[Bucket]:
+        return (Bucket(size, size) for size in self.decode)
+
+    def prefill_buckets(self) -> Iterator[Bucket]:
+        return (Bucket(size, min(size, self.max_sequences)) for size in self.prefill)
+
+
+@dataclass(frozen=True)
+class CacheConfig:
+    """The paged KV cache: blocks of ``block_size`` positions, named by block tables.
+
+    Attributes:
+        max_length: longest sequence, prompt and generated tokens together.
+        num_blocks: blocks in the cache, or None for room for ``max_sequences`` full sequences. Block 0
+            is never given out: padding tokens write there.
+        block_size: positions per block.
+    """
+
+    max_length: int = 1024
+    num_blocks: int | None = None
+    block_size: int = 16
+
+    @property
+    def blocks_per_sequence(self) -> int:
+        return -(-self.max_length // self.block_size)
+
+    def total_blocks(self, max_sequences: int) -> int:
+        needed = self.blocks_per_sequence * max_sequences + 1
+        if self.num_blocks is None:
+            return needed
+        if self.num_blocks < self.blocks_per_sequence + 1:
+            raise CapacityError(
+                f"CacheConfig.num_blocks {self.num_blocks} cannot hold one sequence of max_length "
+                f"{self.max_length}; at least {self.blocks_per_sequence + 1} blocks are needed"
+            )
+        return self.num_blocks
+
+
+@dataclass(frozen=True)
+class RuntimeConfig:
+    """Everything besides the model that decides the shapes of the compiled programs."""
+
+    lora: LoraConfig = field(default_factory=LoraConfig)
+    buckets: BucketConfig = field(default_factory=BucketConfig)
+    cache: CacheConfig = field(default_factory=CacheConfig)
+
+
+def pages_of_rank(rank: int) -> int:
+    """Pages that one factor of ``rank`` takes."""
+    return -(-rank // PAGE_ROWS)

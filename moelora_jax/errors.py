@@ -1,0 +1,21 @@
+"""Every error that a user's input can cause; each message names the thing and says what to do."""
+
+
+class MoeLoraError(ValueError):
+    """Base class of all errors that this package raises on bad input."""
+
+
+class CheckpointError(MoeLoraError):
+    """A base checkpoint folder is incomplete, damaged or of an unsupported model."""
+
+
+class AdapterError(MoeLoraError):
+    """An adapter folder is incomplete, damaged, unsupported, or made for another model."""
+
+
+class CapacityError(MoeLoraError):
+    """Something valid does not fit: adapter slots, pages, rank, sequence length or cache blocks."""
+
+
+class RequestError(MoeLoraError):
+    """A batch cannot be run: empty, unknown adapter, token outside the vocabulary, and so on."""

@@ -1,0 +1,259 @@
+"""One MoE layer with LoRA, built from the kernels: as a function, and as a flax module for research."""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax import Array
+from jax.typing import DTypeLike
+from jaxtyping import Float, Int32
+from moelora_kernels import (
+    Buffer,
+    ExpertPages,
+    TokenSort,
+    combine,
+    down,
+    gate_up,
+    route,
+    shrink,
+    sort_tokens,
+    token_sort_shapes,
+)
+
+from moelora_jax.config import MoeConfig
+
+
+class MoeParams(NamedTuple):
+    """Weights of the routed layers, stacked over layers, in the compute dtype.
+
+    Attributes:
+        router: ``[layers, experts, hidden]``.
+        gate_up: ``[layers, experts, 2, intermediate, hidden]``; index 0 is gate, 1 is up.
+        down: ``[layers, experts, hidden, intermediate]``.
+    """
+
+    router: Array
+    gate_up: Array
+    down: Array
+
+
+class MoeWorkspace(NamedTuple):
+    """Every intermediate of an MoE layer that outlives a kernel, shared by all layers and buckets.
+
+    Attributes:
+        sort: the token sort.
+        gate_up_ranks: ``[2, pairs, max_rank]``, rank activations of gate and up; None without LoRA.
+        hidden: ``[pairs, intermediate]``, after the activation.
+        down_ranks: ``[1, pairs, max_rank]``; None without LoRA.
+        expert_out: float32 ``[pairs, hidden]``.
+    """
+
+    sort: TokenSort
+    gate_up_ranks: Buffer | None
+    hidden: Buffer
+    down_ranks: Buffer | None
+    expert_out: Buffer
+
+
+def tile_rows(pairs: int, num_experts: int) -> int:
+    """Rows of a tile: small enough that few rows of a tile are empty, between 16 and 64."""
+    mean_rows = pairs / num_experts
+    return 16 if mean_rows <= 16 else 32 if mean_rows <= 64 else 64
+
+
+def moe_workspace_shapes(
+    config: MoeConfig, tokens: int, *, num_adapters: int, max_rank: int, dtype: DTypeLike
+) -> MoeWorkspace:
+    """What a workspace must hold for a batch of ``tokens`` tokens.
+
+    Args:
+        config: the layer.
+        tokens: tokens of the largest bucket.
+        num_adapters: adapter slots; 0 for a model without LoRA.
+        max_rank: largest rank, a multiple of the page's rows.
+        dtype: compute dtype.
+    """
+    pairs = tokens * config.top_k
+    sort = token_sort_shapes(
+        tokens,
+        config.top_k,
+        num_experts=config.num_experts,
+        num_adapters=num_adapters,
+        tile_rows=16,
+    )
+
+    def shape(*sizes: int, of: DTypeLike = dtype) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(sizes, of)
+
+    return MoeWorkspace(
+        sort=sort,
+        gate_up_ranks=shape(2, pairs, max_rank) if num_adapters else None,  # type: ignore[arg-type]
+        hidden=shape(pairs, config.intermediate_size),  # type: ignore[arg-type]
+        down_ranks=shape(1, pairs, max_rank) if num_adapters else None,  # type: ignore[arg-type]
+        expert_out=shape(pairs, config.hidden_size, of=jnp.float32),  # type: ignore[arg-type]
+    )
+
+
+def moe_lora(
+    x: Float[Array, "tokens hidden"],
+    params: MoeParams,
+    layer: Int32[Array, ""],
+    config: MoeConfig,
+    *,
+    num_tokens: Int32[Array, ""] | None = None,
+    adapter_of_token: Int32[Array, " tokens"] | None = None,
+    pages: ExpertPages | None = None,
+    workspace: MoeWorkspace | None = None,
+) -> Float[Array, "tokens hidden"]:
+    """Route tokens to experts and sum the experts' outputs, each token with its own adapter.
+
+    Args:
+        x: hidden states in the compute dtype, after the norm.
+        params: stacked weights.
+        layer: which of the stacked layers.
+        config: the layer's description.
+        num_tokens: tokens that are real; None means all. Others cost nothing and give zeros.
+        adapter_of_token: adapter slot of each token, -1 for the base model. Only with ``pages``.
+        pages: resident adapters; None runs the base model.
+        workspace: references that intermediates are written to; None allocates them.
+
+    Returns:
+        The layer's output in the dtype of ``x``, without the residual.
+    """
+    logits = jnp.einsum("th,eh->te", x, params.router[layer], preferred_element_type=jnp.float32)
+    experts, weights = route(
+        logits, top_k=config.top_k, scoring=config.scoring, renormalize=config.renormalize
+    )
+    return moe_experts(
+        x,
+        experts,
+        weights,
+        params,
+        layer,
+        config,
+        num_tokens=num_tokens,
+        adapter_of_token=adapter_of_token,
+        pages=pages,
+        workspace=workspace,
+    )
+
+
+def moe_experts(
+    x: Float[Array, "tokens hidden"],
+    experts: Int32[Array, "tokens top_k"],
+    weights: Float[Array, "tokens top_k"],
+    params: MoeParams,
+    layer: Int32[Array, ""],
+    config: MoeConfig,
+    *,
+    num_tokens: Int32[Array, ""] | None = None,
+    adapter_of_token: Int32[Array, " tokens"] | None = None,
+    pages: ExpertPages | None = None,
+    workspace: MoeWorkspace | None = None,
+) -> Float[Array, "tokens hidden"]:
+    """:func:`moe_lora` with the routing given: ``experts`` and their float32 ``weights``."""
+    if (adapter_of_token is None) != (pages is None):
+        raise ValueError("adapter_of_token and pages must be given together")
+    tokens, top_k = experts.shape
+    pairs = tokens * top_k
+    if num_tokens is None:
+        num_tokens = jnp.int32(tokens)
+    if workspace is None:
+        workspace = MoeWorkspace(*[None] * len(MoeWorkspace._fields))  # type: ignore[arg-type]
+    rows = tile_rows(pairs, config.num_experts)
+
+    sort = sort_tokens(
+        experts,
+        adapter_of_token,
+        num_tokens,
+        num_experts=config.num_experts,
+        num_adapters=0 if pages is None else pages.gate.num_adapters,
+        tile_rows=rows,
+        out=workspace.sort,
+    )
+    gate_up_ranks = down_ranks = None
+    if pages is not None:
+        gate_up_ranks = shrink(
+            x,
+            sort,
+            (pages.gate, pages.up),
+            layer,
+            pairs=pairs,
+            tile_rows=rows,
+            top_k=top_k,
+            out=workspace.gate_up_ranks,
+        )
+    hidden = gate_up(
+        x,
+        params.gate_up,
+        sort,
+        layer,
+        top_k=top_k,
+        tile_rows=rows,
+        activation=config.activation,
+        rank_activations=gate_up_ranks,
+        sites=None if pages is None else (pages.gate, pages.up),
+        out=workspace.hidden,
+    )
+    if pages is not None:
+        down_ranks = shrink(
+            hidden,
+            sort,
+            (pages.down,),
+            layer,
+            pairs=pairs,
+            tile_rows=rows,
+            out=workspace.down_ranks,
+        )
+    expert_out = down(
+        hidden,
+        params.down,
+        sort,
+        layer,
+        pairs=pairs,
+        tile_rows=rows,
+        rank_activations=down_ranks,
+        site=None if pages is None else pages.down,
+        out=workspace.expert_out,
+    )
+    return combine(expert_out, weights, sort, scaling=config.routed_scaling, dtype=x.dtype)
+
+
+class MoeLoraLayer(nnx.Module):
+    """A single MoE layer for research: weights in a module, adapters given at the call.
+
+    Args:
+        config: the layer.
+        dtype: dtype of the weights and of the computation.
+        rngs: source of the random initial weights.
+    """
+
+    def __init__(self, config: MoeConfig, *, dtype: DTypeLike = jnp.float32, rngs: nnx.Rngs) -> None:
+        def normal(*shape: int) -> nnx.Param[Array]:
+            scale = shape[-1] ** -0.5
+            values = jax.random.normal(rngs.params(), (1, *shape), jnp.float32)
+            return nnx.Param((values * scale).astype(dtype))
+
+        experts, hidden, inner = config.num_experts, config.hidden_size, config.intermediate_size
+        self.config = config
+        self.router = normal(experts, hidden)
+        self.gate_up = normal(experts, 2, inner, hidden)
+        self.down = normal(experts, hidden, inner)
+
+    def __call__(
+        self,
+        x: Float[Array, "tokens hidden"],
+        adapter_of_token: Int32[Array, " tokens"] | None = None,
+        pages: ExpertPages | None = None,
+    ) -> Float[Array, "tokens hidden"]:
+        """See :func:`moe_lora`."""
+        params = MoeParams(self.router[...], self.gate_up[...], self.down[...])
+        return moe_lora(
+            x,
+            params,
+            jnp.int32(0),
+            self.config,
+            adapter_of_token=adapter_of_token,
+            pages=pages,
+        )
