@@ -1,16 +1,15 @@
 """Frozen, hashable descriptions: the model, its MoE layers, LoRA limits, buckets and the cache.
 
-Nothing here touches a device or a file. Everything that decides a shape is in one of these classes, so
-a compiled program is determined by them alone.
+Nothing here touches a device or a file. Everything that decides a shape is in one of these classes,
+so a compiled program is determined by them alone.
 """
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Literal
 
-from moelora_kernels.types import PAGE_ROWS
-
 from moelora_jax.errors import CapacityError
+from moelora_kernels.types import PAGE_ROWS
 
 Scoring = Literal["softmax", "sigmoid"]
 Activation = Literal["silu", "clamped_swiglu"]
@@ -142,10 +141,10 @@ class LoraConfig:
 
     Attributes:
         max_adapters: slots in the page tables.
-        max_rank: largest rank of any factor, rounded up to whole pages in the tables. A larger limit
-            costs table entries and rank-activation columns, not time or page memory.
-        pool_rank: the page pools are sized for ``max_adapters`` adapters that have this rank at every
-            site and expert. Adapters of other ranks share the same pages.
+        max_rank: largest rank of any factor, rounded up to whole pages in the tables. A larger
+            limit costs table entries and rank-activation columns, not time or page memory.
+        pool_rank: the page pools are sized for ``max_adapters`` adapters that have this rank at
+            every site and expert. Adapters of other ranks share the same pages.
         sites: names of the sites that get tables and pools; None means all that the model has.
     """
 
@@ -164,6 +163,11 @@ class LoraConfig:
         """Pages that one factor of the largest rank takes."""
         return pages_of_rank(self.max_rank)
 
+    @property
+    def rank_columns(self) -> int:
+        """Columns of the rank activations: ``max_rank`` in whole pages."""
+        return self.max_pages * PAGE_ROWS
+
     def select(self, sites: tuple[LoraSite, ...]) -> tuple[LoraSite, ...]:
         """The model's sites that are enabled here."""
         if self.sites is None:
@@ -171,13 +175,18 @@ class LoraConfig:
         known = {site.name for site in sites}
         for name in self.sites:
             if name not in known:
-                raise ValueError(f"LoraConfig.sites: no site {name!r}; the model has {sorted(known)}")
+                raise ValueError(
+                    f"LoraConfig.sites: no site {name!r}; the model has {sorted(known)}"
+                )
+        experts = {site.name for site in sites if site.num_experts}
+        if 0 < len(experts & set(self.sites)) < len(experts):
+            raise ValueError(f"LoraConfig.sites: enable all or none of {sorted(experts)}")
         return tuple(site for site in sites if site.name in self.sites)
 
 
 @dataclass(frozen=True, order=True)
 class Bucket:
-    """A static batch shape: up to ``tokens`` tokens that belong to up to ``sequences`` sequences."""
+    """A static batch shape: up to ``tokens`` tokens of up to ``sequences`` sequences."""
 
     tokens: int
     sequences: int
@@ -224,8 +233,8 @@ class CacheConfig:
 
     Attributes:
         max_length: longest sequence, prompt and generated tokens together.
-        num_blocks: blocks in the cache, or None for room for ``max_sequences`` full sequences. Block 0
-            is never given out: padding tokens write there.
+        num_blocks: blocks in the cache, or None for room for ``max_sequences`` full sequences.
+            Block 0 is never given out: padding tokens write there.
         block_size: positions per block.
     """
 

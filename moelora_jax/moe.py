@@ -1,6 +1,6 @@
-"""One MoE layer with LoRA, built from the kernels: as a function, and as a flax module for research."""
+"""One MoE layer with LoRA, built from the kernels: a function, and a flax module for research."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -8,6 +8,8 @@ from flax import nnx
 from jax import Array
 from jax.typing import DTypeLike
 from jaxtyping import Float, Int32
+
+from moelora_jax.config import MoeConfig
 from moelora_kernels import (
     Buffer,
     ExpertPages,
@@ -20,8 +22,6 @@ from moelora_kernels import (
     sort_tokens,
     token_sort_shapes,
 )
-
-from moelora_jax.config import MoeConfig
 
 
 class MoeParams(NamedTuple):
@@ -83,15 +83,15 @@ def moe_workspace_shapes(
         tile_rows=16,
     )
 
-    def shape(*sizes: int, of: DTypeLike = dtype) -> jax.ShapeDtypeStruct:
+    def shape(*sizes: int, of: DTypeLike = dtype) -> Any:
         return jax.ShapeDtypeStruct(sizes, of)
 
     return MoeWorkspace(
         sort=sort,
-        gate_up_ranks=shape(2, pairs, max_rank) if num_adapters else None,  # type: ignore[arg-type]
-        hidden=shape(pairs, config.intermediate_size),  # type: ignore[arg-type]
-        down_ranks=shape(1, pairs, max_rank) if num_adapters else None,  # type: ignore[arg-type]
-        expert_out=shape(pairs, config.hidden_size, of=jnp.float32),  # type: ignore[arg-type]
+        gate_up_ranks=shape(2, pairs, max_rank) if num_adapters else None,
+        hidden=shape(pairs, config.intermediate_size),
+        down_ranks=shape(1, pairs, max_rank) if num_adapters else None,
+        expert_out=shape(pairs, config.hidden_size, of=jnp.float32),
     )
 
 
@@ -160,7 +160,8 @@ def moe_experts(
     if num_tokens is None:
         num_tokens = jnp.int32(tokens)
     if workspace is None:
-        workspace = MoeWorkspace(*[None] * len(MoeWorkspace._fields))  # type: ignore[arg-type]
+        nothing: Any = None
+        workspace = MoeWorkspace(*[nothing] * len(MoeWorkspace._fields))
     rows = tile_rows(pairs, config.num_experts)
 
     sort = sort_tokens(
@@ -229,7 +230,9 @@ class MoeLoraLayer(nnx.Module):
         rngs: source of the random initial weights.
     """
 
-    def __init__(self, config: MoeConfig, *, dtype: DTypeLike = jnp.float32, rngs: nnx.Rngs) -> None:
+    def __init__(
+        self, config: MoeConfig, *, dtype: DTypeLike = jnp.float32, rngs: nnx.Rngs
+    ) -> None:
         def normal(*shape: int) -> nnx.Param[Array]:
             scale = shape[-1] ** -0.5
             values = jax.random.normal(rngs.params(), (1, *shape), jnp.float32)

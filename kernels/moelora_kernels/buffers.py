@@ -1,7 +1,7 @@
 """Reading and writing workspaces.
 
-A kernel that is given ``out`` writes the leading rows of that reference in place and returns it; without
-``out`` it returns a new array. Inputs may be arrays or references.
+A kernel that is given ``out`` writes the leading rows of that reference in place and returns it;
+without ``out`` it returns a new array. Inputs may be arrays or references.
 """
 
 from collections.abc import Sequence
@@ -19,7 +19,7 @@ def read(buffer: Buffer, rows: int | None = None) -> Array:
     return buffer[...] if rows is None else buffer[:rows]
 
 
-def result(out: jax.Ref | None, value: Array) -> Buffer:
+def result(out: Buffer | None, value: Array) -> Buffer:
     """Store ``value`` in the leading corner of ``out`` where there is one, else pass it on."""
     if out is None:
         return value

@@ -11,8 +11,8 @@ from moelora_kernels.types import Buffer
 class TileRows:
     """The rows of one tile as a window of static size.
 
-    A window that would reach past the last row starts earlier instead, so windows overlap; ``valid``
-    says which rows belong to the tile.
+    A window that would reach past the last row starts earlier instead, so windows overlap;
+    ``valid`` says which rows belong to the tile.
 
     Attributes:
         start: int32 scalar, first row of the window.
@@ -52,7 +52,7 @@ def group_tiles(counts: Array, tile_rows: int, num_tiles: int) -> tuple[Array, A
     first_tile = tile_end[group] - tiles_of_group[group]
     first = group_end[group] - counts[group] + (tile - first_tile) * tile_rows
     end = jnp.minimum(first + tile_rows, group_end[group])
-    return tuple(jnp.where(used, values, -1) for values in (group, first, end))  # type: ignore[return-value]
+    return jnp.where(used, group, -1), jnp.where(used, first, -1), jnp.where(used, end, -1)
 
 
 def for_each_tile(tiles: Buffer, body: Callable[[Array], None]) -> None:

@@ -1,6 +1,6 @@
 """Pytrees that the kernels of this package share."""
 
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import jax
 from jax import Array
@@ -8,25 +8,30 @@ from jax import Array
 #: Rank rows per page; see :class:`SitePages`.
 PAGE_ROWS = 16
 
-#: A workspace that kernels write in place: an array outside a kernel call, a reference inside.
-Buffer = Array | jax.Ref
+#: An array, or a reference that kernels write in place. Both are indexed alike, so a type checker
+#: may take a reference for an array.
+if TYPE_CHECKING:
+    Buffer = Array
+else:
+    Buffer = Array | jax.Ref
 
 
 class SitePages(NamedTuple):
     """The factors of all resident adapters at one site of the model, as pages.
 
     A page is ``PAGE_ROWS`` rank rows of one factor: a ``[16, in]`` tile of A, or of B transposed
-    ``[16, out]``. The table names the pool row of each page, or -1 where there is none. The pages of a
-    factor are a prefix of its table entries, and A and B of one update have equally many. Rank rows
-    past the true rank are zero. Several entries may name one page: factors shared by all experts, or
-    one A used by gate and up.
+    ``[16, out]``. The table names the pool row of each page, or -1 where there is none. The pages
+    of a factor are a prefix of its table entries, and A and B of one update have equally many. Rank
+    rows past the true rank are zero. Several entries may name one page: factors shared by all
+    experts, or one A used by gate and up.
 
     Attributes:
         a_pool: ``[pages, 16, in_features]`` in the compute dtype.
         b_pool: ``[pages, 16, out_features]`` in the compute dtype.
-        table: int32 ``[layers, 2, adapters, pages, experts]``; index 0 of the second axis is A, 1 is B.
-            Dense linear layers have one expert.
-        scaling: float32 ``[layers, adapters, experts]``, what the update ``B·A`` is multiplied with.
+        table: int32 ``[layers, 2, adapters, pages, experts]``; index 0 of the second axis is A, 1
+            is B. Dense linear layers have one expert.
+        scaling: float32 ``[layers, adapters, experts]``, what the update ``B·A`` is multiplied
+            with.
     """
 
     a_pool: Array
@@ -55,15 +60,15 @@ class TokenSort(NamedTuple):
     """Pairs (token, choice) grouped by expert, and within an expert by adapter.
 
     Pair ``i`` is choice ``i % top_k`` of token ``i // top_k``. A *row* is a position in the sorted
-    order. Tiles are at most ``tile_rows`` consecutive rows; unused entries of the maps are -1, and come
-    last.
+    order. Tiles are at most ``tile_rows`` consecutive rows; unused entries of the maps are -1, and
+    come last.
 
     Attributes:
         order: int32 ``[pairs]``: pair of each row; -1 past the last real pair.
         row_of_pair: int32 ``[pairs]``: the inverse; -1 for pairs of padding tokens.
         expert_tiles: int32 ``[tiles, 3]``: expert, first row, end row. No tile spans two experts.
-        run_tiles: int32 ``[tiles, 4]``: expert, adapter, first row, end row. No tile spans two experts
-            or two adapters, and rows without an adapter are in none.
+        run_tiles: int32 ``[tiles, 4]``: expert, adapter, first row, end row. No tile spans two
+            experts or two adapters, and rows without an adapter are in none.
     """
 
     order: Buffer

@@ -1,11 +1,10 @@
 """Causal attention over a paged KV cache, and writing to that cache.
 
-The cache of all layers is one array ``[layers, blocks, block_size, kv_heads, head_dim]`` for keys and one
-for values. A sequence's block table names the blocks that hold its positions, in order. Block 0 is no
-sequence's: padding tokens write there.
+The cache of all layers is one array ``[layers, blocks, block_size, kv_heads, head_dim]`` for keys
+and one for values. A sequence's block table names the blocks that hold its positions, in order.
+Block 0 is no sequence's: padding tokens write there.
 """
 
-import jax
 import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Float, Int32
@@ -31,7 +30,7 @@ def query_tiles(
 
 
 def write_cache(
-    cache: jax.Ref,
+    cache: Buffer,
     values: Float[Array, "tokens kv_heads head_dim"],
     layer: Int32[Array, ""],
     block_of_token: Int32[Array, " tokens"],
@@ -60,7 +59,7 @@ def paged_attention(
     *,
     tile_rows: int,
     scale: float,
-    out: jax.Ref | None = None,
+    out: Buffer | None = None,
 ) -> Buffer:
     """Attention of packed queries to the cached positions of their own sequence, up to their own.
 

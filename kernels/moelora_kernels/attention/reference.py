@@ -6,12 +6,13 @@ from jax import Array
 
 from moelora_kernels.buffers import new_buffer
 from moelora_kernels.tiles import TileRows, for_each_tile
+from moelora_kernels.types import Buffer
 
 
 def paged_attention(
     queries: Array,
-    k_cache: jax.Ref | Array,
-    v_cache: jax.Ref | Array,
+    k_cache: Buffer,
+    v_cache: Buffer,
     layer: Array,
     block_table: Array,
     positions: Array,

@@ -1,6 +1,5 @@
 """Combine: the weighted sum over each token's experts."""
 
-import jax
 from jax import Array
 from jax.typing import DTypeLike
 from jaxtyping import Float
@@ -17,9 +16,9 @@ def combine(
     *,
     scaling: float = 1.0,
     dtype: DTypeLike,
-    out: jax.Ref | None = None,
+    out: Buffer | None = None,
 ) -> Buffer:
-    """``scaling · Σ_k weights[t, k] · expert_out[row of (t, k)]``, summed in float32 in the order of k.
+    """``scaling · Σ_k weights[t, k] · expert_out[row of (t, k)]``, a float32 sum in order of k.
 
     Args:
         expert_out: ``[>= pairs, hidden]`` in sorted order, from :func:`down`.

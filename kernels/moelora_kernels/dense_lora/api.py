@@ -1,6 +1,5 @@
 """LoRA of dense linear layers: attention projections, shared experts, and so on."""
 
-import jax
 from jax import Array
 from jaxtyping import Float, Int32
 
@@ -17,14 +16,14 @@ def dense_lora(
     layer: Int32[Array, ""],
     *,
     tile_rows: int,
-    out: jax.Ref | None = None,
+    out: Buffer | None = None,
 ) -> Buffer:
     """Add each token's own update to a linear layer's output: ``y + scaling · B · (A · x)``.
 
     Args:
         x: input of the linear layer, in the compute dtype.
-        y: output of the linear layer; the sum is formed in float32 and rounded to this dtype. Tokens
-            without an adapter keep their values bitwise.
+        y: output of the linear layer; the sum is formed in float32 and rounded to this dtype.
+            Tokens without an adapter keep their values bitwise.
         pages: pages of this site; its table has one expert.
         sort: tokens sorted by adapter: :func:`sort_tokens` with one expert and one choice.
         layer: row of the page table.

@@ -6,14 +6,13 @@ The math of one pair (token with hidden state x, expert e) whose token has adapt
     h    = activation(gate, up)
     y    = Wd[e]·h + s·Bd[a,e]·(Ad[a,e]·h)
 
-Products accumulate in float32. Rank activations are scaled in float32 and rounded once to the compute
-dtype. A row without an adapter takes exactly the path of the base model.
+Products accumulate in float32. Rank activations are scaled in float32 and rounded once to the
+compute dtype. A row without an adapter takes exactly the path of the base model.
 """
 
 from collections.abc import Sequence
 from typing import Literal
 
-import jax
 from jax import Array
 from jaxtyping import Float, Int32
 
@@ -33,12 +32,13 @@ def shrink(
     pairs: int,
     tile_rows: int,
     top_k: int | None = None,
-    out: jax.Ref | None = None,
+    out: Buffer | None = None,
 ) -> Buffer:
     """Rank activations: ``scaling · (A · x)`` of every row's own adapter.
 
     Args:
-        x: with ``top_k``, hidden states of tokens ``[tokens, in]``; without, sorted rows ``[pairs, in]``.
+        x: with ``top_k``, hidden states of tokens ``[tokens, in]``; without, sorted rows ``[pairs,
+            in]``.
         sort: the token sort.
         sites: sites that read the same ``x``, of equal ``max_rank``.
         layer: row of the page tables.
@@ -48,8 +48,8 @@ def shrink(
         out: ``[sites, >= pairs, max_rank]`` in the dtype of ``x``.
 
     Returns:
-        ``[sites, pairs, max_rank]`` in sorted order. Rows without an adapter, and rank columns past an
-        adapter's last page, are not defined.
+        ``[sites, pairs, max_rank]`` in sorted order. Rows without an adapter, and rank columns past
+        an adapter's last page, are not defined.
     """
     if len({site.max_rank for site in sites}) != 1:
         raise ValueError(f"sites of one shrink differ in max_rank: {[s.max_rank for s in sites]}")
@@ -69,7 +69,7 @@ def gate_up(
     bias: Float[Array, "layers experts 2 intermediate"] | None = None,
     rank_activations: Buffer | None = None,
     sites: tuple[SitePages, SitePages] | None = None,
-    out: jax.Ref | None = None,
+    out: Buffer | None = None,
 ) -> Buffer:
     """Gate and up projections of every pair, LoRA added, and the gated activation.
 
@@ -80,10 +80,11 @@ def gate_up(
         layer: row of ``weight`` and of the page tables.
         top_k: choices per token.
         tile_rows: what the sort was made with.
-        activation: ``silu``: silu(gate)·up. ``clamped_swiglu``: (clip(up, ±7) + 1)·g·sigmoid(1.702 g)
-            with g = min(gate, 7), as in gpt-oss.
+        activation: ``silu``: silu(gate)·up. ``clamped_swiglu``: (clip(up, ±7) + 1)·g·sigmoid(1.702
+            g) with g = min(gate, 7), as in gpt-oss.
         bias: added before the activation.
-        rank_activations: ``[2, >= pairs, max_rank]`` from :func:`shrink`, or None for the base model.
+        rank_activations: ``[2, >= pairs, max_rank]`` from :func:`shrink`, or None for the base
+            model.
         sites: pages of gate and up; needed with ``rank_activations``.
         out: ``[>= pairs, intermediate]`` in the dtype of ``x``.
 
@@ -111,7 +112,7 @@ def down(
     bias: Float[Array, "layers experts hidden"] | None = None,
     rank_activations: Buffer | None = None,
     site: SitePages | None = None,
-    out: jax.Ref | None = None,
+    out: Buffer | None = None,
 ) -> Buffer:
     """Down projection of every pair, LoRA added.
 

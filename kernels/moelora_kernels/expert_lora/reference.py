@@ -1,7 +1,7 @@
 """Expert projections with LoRA in plain ``jax.numpy``.
 
-Loops over the tile maps, so that the cost follows the rows that exist: no product with an expert that has
-no token, none with a page that does not exist.
+Loops over the tile maps, so that the cost follows the rows that exist: no product with an expert
+that has no token, none with a page that does not exist.
 """
 
 from collections.abc import Sequence
@@ -38,10 +38,20 @@ def shrink(
         for index, site in enumerate(sites):
             scaling = site.scaling[layer, adapter, expert]
 
-            def page(number: Array, _: None, index=index, site=site, scaling=scaling) -> None:  # noqa: ANN001
+            def page(
+                number: Array,
+                _: None,
+                index: int = index,
+                site: SitePages = site,
+                scaling: Array = scaling,
+            ) -> None:
                 a = site.a_pool[site.table[layer, 0, adapter, number, expert]]
                 value = jnp.dot(x, a.T, preferred_element_type=jnp.float32) * scaling
-                where = (index, jax.ds(window.start, window.size), jax.ds(number * PAGE_ROWS, PAGE_ROWS))
+                where = (
+                    index,
+                    jax.ds(window.start, window.size),
+                    jax.ds(number * PAGE_ROWS, PAGE_ROWS),
+                )
                 out[where] = jnp.where(window.valid[:, None], value.astype(out.dtype), out[where])
 
             lax.fori_loop(0, _num_pages(site, layer, adapter, expert), page, None)
@@ -59,9 +69,9 @@ def add_expand(
     layer: Array,
     tile_rows: int,
 ) -> None:
-    """Add ``rank_activations[pairs, max_rank] · B`` to ``accumulator[index]``, float32 ``[pairs, out]``.
+    """Add ``rank_activations[pairs, max_rank] · B`` to ``accumulator[index]``, in float32.
 
-    Rows without an adapter are not touched.
+    The accumulator has ``[pairs, out]`` for each index. Rows without an adapter are not touched.
     """
     num_rows = rank_activations.shape[0]
 
@@ -153,7 +163,7 @@ def down(
 
 
 def gather_rows(x: Buffer, sort: TokenSort, pairs: int, top_k: int) -> Array:
-    """The token's row of ``x`` ``[tokens, width]`` for each sorted row; anything past the last row."""
+    """The token's row of ``x`` ``[tokens, width]`` for each sorted row; anything past the last."""
     return read(x)[jnp.maximum(read(sort.order, pairs), 0) // top_k]
 
 
@@ -162,7 +172,7 @@ def _num_pages(site: SitePages, layer: Array, adapter: Array, expert: Array) -> 
 
 
 def _bias_rows(bias: Array, sort: TokenSort, num_rows: int, tile_rows: int) -> Array:
-    """``bias`` ``[experts, parts, out]`` of each sorted row's expert, float32 ``[parts, pairs, out]``."""
+    """``bias`` ``[experts, parts, out]`` of each row's expert, float32 ``[parts, pairs, out]``."""
     out = new_buffer((bias.shape[1], num_rows, bias.shape[2]), jnp.float32)
 
     def tile(entry: Array) -> None:

@@ -5,9 +5,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 
-def route(
-    logits: Array, *, top_k: int, scoring: str, renormalize: bool
-) -> tuple[Array, Array]:
+def route(logits: Array, *, top_k: int, scoring: str, renormalize: bool) -> tuple[Array, Array]:
     """See :func:`moelora_kernels.route`."""
     logits = logits.astype(jnp.float32)
     scores = jax.nn.softmax(logits, axis=-1) if scoring == "softmax" else jax.nn.sigmoid(logits)

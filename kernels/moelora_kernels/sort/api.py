@@ -1,5 +1,7 @@
 """Token sort: pairs (token, choice) grouped by expert and adapter, with tile maps."""
 
+from typing import Any
+
 import jax
 from jax import Array
 from jaxtyping import Int32
@@ -20,8 +22,9 @@ def token_sort_shapes(
     pairs = tokens * top_k
     expert_tiles = pairs // tile_rows + min(pairs, num_experts)
     run_tiles = pairs // tile_rows + min(pairs, num_experts * num_adapters) if num_adapters else 0
-    shapes = TokenSort((pairs,), (pairs,), (expert_tiles, 3), (run_tiles, 4))  # type: ignore[arg-type]
-    return TokenSort(*(jax.ShapeDtypeStruct(shape, "int32") for shape in shapes))  # type: ignore[arg-type]
+    shapes = ((pairs,), (pairs,), (expert_tiles, 3), (run_tiles, 4))
+    arrays: Any = (jax.ShapeDtypeStruct(shape, "int32") for shape in shapes)
+    return TokenSort(*arrays)
 
 
 def sort_tokens(
@@ -38,8 +41,8 @@ def sort_tokens(
 
     Args:
         experts: chosen experts, each in ``[0, num_experts)``.
-        adapter_of_token: adapter slot of each token in ``[0, num_adapters)``, or -1 for none; None when
-            no token has an adapter.
+        adapter_of_token: adapter slot of each token in ``[0, num_adapters)``, or -1 for none; None
+            when no token has an adapter.
         num_tokens: tokens that are real; the others are padding and get no row.
         num_experts: E.
         num_adapters: adapter slots; 0 is allowed.
@@ -54,7 +57,8 @@ def sort_tokens(
     shapes = token_sort_shapes(
         *experts.shape, num_experts=num_experts, num_adapters=num_adapters, tile_rows=tile_rows
     )
-    # The maps fill the whole workspace, so that no entry of an earlier, larger batch is left in them.
+    # The maps fill the whole workspace, so that no entry of an earlier, larger batch is left in
+    # them.
     sizes = shapes if out is None else out
     values = reference.sort_tokens(
         experts,
@@ -68,4 +72,4 @@ def sort_tokens(
     )
     if out is None:
         return TokenSort(*values)
-    return TokenSort(*(result(ref, value) for ref, value in zip(out, values, strict=True)))  # type: ignore[arg-type]
+    return TokenSort(*map(result, out, values))

@@ -1,0 +1,124 @@
+"""How a family of models names the modules that adapters change."""
+
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from enum import Enum
+from functools import cached_property
+from typing import NamedTuple
+
+
+class Storage(Enum):
+    """How the two factors of a module are laid out in a file, as far as the module's name tells."""
+
+    #: One matrix: A ``[rank, in]`` and B ``[out, rank]``.
+    LINEAR = "linear"
+    #: The same, for one projection of one expert.
+    PER_EXPERT = "per_expert"
+    #: All experts in one matrix each, as PEFT saves adapted parameters: A ``[experts·rank, in]``
+    #: and B ``[out, rank·experts]``.
+    PEFT_FUSED = "peft_fused"
+    #: All experts in one tensor each: A ``[experts, rank, in]`` and B ``[experts, out, rank]``.
+    STACKED = "stacked"
+
+
+class ModulePlace(NamedTuple):
+    """Where in the model a module of an adapter file is.
+
+    Attributes:
+        storage: how its factors are laid out.
+        layer: the model's layer index.
+        module: the module's name, without the ``base_layer`` that PEFT appends.
+        sites: names of the sites that its rows belong to, in their order. Empty for PEFT_FUSED,
+            where the name does not tell.
+        expert: the expert index of a PER_EXPERT module, else None.
+        wrapped: whether PEFT has wrapped this PEFT_FUSED module in another.
+    """
+
+    storage: Storage
+    layer: int
+    module: str
+    sites: tuple[str, ...] = ()
+    expert: int | None = None
+    wrapped: bool = False
+
+
+@dataclass(frozen=True)
+class ModuleNames:
+    """What the adapter reader needs to know of a model family.
+
+    Attributes:
+        linear: path of a linear module inside a layer to the name of its site.
+        experts: paths inside a layer by which adapters may call the routed experts.
+        projections: name of an expert projection to the names of the sites that it is made of, in
+            the order in which their rows are stored.
+        expert_parameters: the projections that are parameters of the whole experts module, in the
+            order in which PEFT wraps them: the first one becomes the innermost.
+        layers: names by which adapters may call the list of layers.
+        interleaved: whether the rows of a projection of two sites alternate; otherwise those of the
+            second follow those of the first.
+    """
+
+    linear: Mapping[str, str]
+    experts: tuple[str, ...]
+    projections: Mapping[str, tuple[str, ...]]
+    expert_parameters: tuple[str, str]
+    layers: tuple[str, ...] = (
+        "model.layers",
+        "model.language_model.layers",
+        "language_model.model.layers",
+    )
+    interleaved: bool = False
+
+    def locate(self, module: str) -> ModulePlace | None:
+        """Find a module of an adapter file in the model; None if the family has no such module.
+
+        Args:
+            module: its name in the file, without the ``base_model.model.`` of PEFT.
+        """
+        found = self._module.fullmatch(module)
+        if found is None:
+            return None
+        layer, expert = int(found["layer"]), found["expert"]
+        if found["linear"]:
+            return ModulePlace(Storage.LINEAR, layer, module, (self.linear[found["linear"]],))
+        if found["projection"]:
+            sites = self.projections[found["projection"]]
+            if expert:
+                return ModulePlace(Storage.PER_EXPERT, layer, module, sites, int(expert))
+            return ModulePlace(Storage.STACKED, layer, module, sites)
+        if expert:
+            return None
+        wrapped = found["wrapped"] or ""
+        return ModulePlace(
+            Storage.PEFT_FUSED, layer, module.removesuffix(wrapped), wrapped=bool(wrapped)
+        )
+
+    @cached_property
+    def _module(self) -> re.Pattern[str]:
+        # No leading zeros, so that an index has one spelling and a module has one name.
+        index = r"0|[1-9][0-9]{0,8}"
+        return re.compile(
+            rf"(?:{_any_of(self.layers)})\.(?P<layer>{index})\."
+            rf"(?:(?P<linear>{_any_of(self.linear)})"
+            rf"|(?:{_any_of(self.experts)})(?:\.(?P<expert>{index}))?"
+            rf"(?:\.(?P<projection>{_any_of(self.projections)})|(?P<wrapped>\.base_layer))?)"
+        )
+
+
+def _any_of(names: Iterable[str]) -> str:
+    return "|".join(map(re.escape, names))
+
+
+#: Qwen3-MoE, as transformers v4 (per expert) and v5 (fused parameters) name its modules.
+QWEN3_MOE_NAMES = ModuleNames(
+    linear={f"self_attn.{site}": site for site in ("q_proj", "k_proj", "v_proj", "o_proj")},
+    experts=("mlp.experts",),
+    projections={
+        "gate_proj": ("gate_proj",),
+        "up_proj": ("up_proj",),
+        "gate_up_proj": ("gate_proj", "up_proj"),
+        "down_proj": ("down_proj",),
+    },
+    expert_parameters=("gate_up_proj", "down_proj"),
+)

@@ -1,0 +1,536 @@
+"""Device memory of the resident adapters: pools of pages, their allocator, and the page tables.
+
+A page is ``PAGE_ROWS`` rank rows of one factor (:class:`~moelora_kernels.types.SitePages`). All
+factors of one width share one pool, whichever site, layer and expert they belong to. An adapter
+occupies one *slot*: one index of the adapters axis of every page table.
+"""
+
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.typing import DTypeLike
+
+from moelora_jax.adapters.adapter import Adapter, LowRankUpdate, Target
+from moelora_jax.config import LoraConfig, LoraSite, pages_of_rank
+from moelora_jax.errors import AdapterError, CapacityError
+from moelora_kernels.types import PAGE_ROWS, SitePages
+
+#: Pages travel to the device in chunks of this many bytes at most, so that one compiled program per
+#: pool writes an adapter of any size.
+CHUNK_BYTES = 16 * 2**20
+
+# Index of the factor in the second axis of a page table.
+_A, _B = 0, 1
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True, eq=False)
+class SiteTable[ArrayT: (np.ndarray, jax.Array)]:
+    """The page table of one site, on the host or on the device, for all slots or for one.
+
+    Attributes:
+        pages: int32 ``[layers, 2, adapters, pages, experts]``: the pool row of each page, -1 where
+            there is none. Index ``i`` of the first axis is layer ``site.layers[i]``. The table of
+            one slot has no adapters axis.
+        scaling: float32 ``[layers, adapters, experts]``, likewise.
+    """
+
+    pages: ArrayT
+    scaling: ArrayT
+
+
+@dataclass(frozen=True, eq=False)
+class PackedAdapter:
+    """An adapter as pages in host memory, ready to be copied into the pool that packed it.
+
+    Attributes:
+        layout: the file layout that the adapter was read from.
+        source: the folder that it came from, for messages.
+        rank: its largest rank.
+        pages: for every pool width, ``[pages, 16, width]`` in the pool's dtype, read-only.
+        tables: for every site, the table of one slot, whose entries number the pages in ``pages``.
+    """
+
+    layout: str
+    source: str
+    rank: int
+    pages: Mapping[int, np.ndarray]
+    tables: Mapping[str, SiteTable[np.ndarray]]
+
+    @property
+    def pages_by_width(self) -> dict[int, int]:
+        """Pages that the adapter takes in the pool of each width."""
+        return {width: len(pages) for width, pages in self.pages.items()}
+
+    @property
+    def page_bytes(self) -> int:
+        """Bytes of the pages: what the adapter takes in the pools while it is resident."""
+        return sum(pages.nbytes for pages in self.pages.values())
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of pages and tables: what the adapter takes in host memory."""
+        return self.page_bytes + sum(array.nbytes for array in jax.tree.leaves(self.tables))
+
+
+class PoolUsage(NamedTuple):
+    """How full the pool of one width is.
+
+    Attributes:
+        width: numbers in one rank row.
+        page_bytes: bytes of one page.
+        total_pages: pages in the pool.
+        used_pages: pages that belong to a slot.
+    """
+
+    width: int
+    page_bytes: int
+    total_pages: int
+    used_pages: int
+
+    @property
+    def free_pages(self) -> int:
+        """Pages that belong to no slot."""
+        return self.total_pages - self.used_pages
+
+    @property
+    def total_bytes(self) -> int:
+        """Bytes of all pages."""
+        return self.total_pages * self.page_bytes
+
+    @property
+    def used_bytes(self) -> int:
+        """Bytes of the pages that belong to a slot."""
+        return self.used_pages * self.page_bytes
+
+    @property
+    def free_bytes(self) -> int:
+        """Bytes of the pages that belong to no slot."""
+        return self.free_pages * self.page_bytes
+
+
+class PageAllocator:
+    """Which rows of a pool are free. The lowest go first, so equal histories give equal rows."""
+
+    def __init__(self, total: int) -> None:
+        self._free = np.ones(total, dtype=bool)
+
+    @property
+    def total(self) -> int:
+        """Rows of the pool."""
+        return len(self._free)
+
+    @property
+    def num_free(self) -> int:
+        """Rows that are free."""
+        return int(np.count_nonzero(self._free))
+
+    def allocate(self, count: int) -> np.ndarray:
+        """Takes the ``count`` lowest free rows.
+
+        Returns:
+            int32 ``[count]``, ascending.
+
+        Raises:
+            CapacityError: fewer rows are free; nothing is taken.
+        """
+        rows = np.flatnonzero(self._free)
+        if count > len(rows):
+            raise CapacityError(f"{count} pages are needed, {len(rows)} of {self.total} are free")
+        rows = rows[:count].astype(np.int32)
+        self._free[rows] = False
+        return rows
+
+    def free(self, rows: np.ndarray) -> None:
+        """Gives rows back.
+
+        Raises:
+            ValueError: a row is outside the pool, given twice, or already free; nothing is changed.
+        """
+        if len(rows) == 0:
+            return
+        if rows.min() < 0 or rows.max() >= self.total:
+            raise ValueError(f"rows {rows.tolist()} are not all in a pool of {self.total} pages")
+        if len(np.unique(rows)) != len(rows) or self._free[rows].any():
+            raise ValueError(f"double free among rows {rows.tolist()}")
+        self._free[rows] = True
+
+
+def pool_pages(sites: Iterable[LoraSite], lora: LoraConfig) -> dict[int, int]:
+    """Pages in the pool of each width.
+
+    There is room for ``max_adapters`` adapters with factors of rank ``pool_rank`` for every layer
+    and expert of every site, and at least for one such adapter of rank ``max_rank``: anything that
+    can be packed fits into an empty pool.
+    """
+    pages_per_factor = max(
+        lora.max_adapters * pages_of_rank(lora.pool_rank), pages_of_rank(lora.max_rank)
+    )
+    total: dict[int, int] = {}
+    for site in sites:
+        for width in (site.in_features, site.out_features):
+            factors = len(site.layers) * site.table_experts
+            total[width] = total.get(width, 0) + factors * pages_per_factor
+    return total
+
+
+class PagePool:
+    """The pages and page tables of all resident adapters, at fixed addresses on the device.
+
+    Every write donates the array that it changes and gets it back at the same address. A slot is
+    never read while it is being written: JAX runs a donated update after all computations on the
+    device that were enqueued before it, and computations enqueued later see its result. The caller
+    has one duty: to take :meth:`device_state` anew after every write, because older arrays were
+    donated. Calls must come from one thread, or under one lock.
+
+    On the CPU a NumPy view of a pool (``np.asarray``) holds on to its memory, and the next write
+    then has to move the pool. Copy on the device first (``jnp.copy``).
+
+    Attributes:
+        sites: the sites that have pages.
+        lora: the limits.
+        dtype: of the pages.
+        pools: for every width, ``[pages, 16, width]`` on the device, shared by all sites that have
+            that width.
+        tables: for every site, the page table of all slots in host memory: the source of truth, of
+            which the device holds a copy.
+    """
+
+    def __init__(self, sites: Sequence[LoraSite], lora: LoraConfig, dtype: DTypeLike) -> None:
+        """Allocates everything, with no adapter resident.
+
+        Args:
+            sites: the model's sites, with unique names.
+            lora: which of them are enabled, and the limits that decide all shapes.
+            dtype: a floating dtype, the compute dtype of the model.
+
+        Raises:
+            ValueError: the dtype is not floating, site names repeat, or ``lora`` enables a site
+                that is not among ``sites``.
+        """
+        self.sites = lora.select(tuple(sites))
+        self.lora = lora
+        self.dtype = jnp.dtype(dtype)
+        if not jnp.issubdtype(self.dtype, jnp.floating):
+            raise ValueError(f"pages must have a floating dtype, not {self.dtype}")
+        self._site_of_name = {site.name: site for site in self.sites}
+        if len(self._site_of_name) != len(self.sites):
+            raise ValueError(f"site names repeat: {[site.name for site in self.sites]}")
+
+        totals = pool_pages(self.sites, lora)
+        self._allocators = {width: PageAllocator(total) for width, total in totals.items()}
+        self._rows_of_slot: dict[int, dict[int, np.ndarray]] = {}
+        self._chunk_pages = {
+            width: max(1, min(total, CHUNK_BYTES // self._page_bytes(width)))
+            for width, total in totals.items()
+        }
+        self.pools = {
+            width: jnp.zeros((total, PAGE_ROWS, width), self.dtype)
+            for width, total in totals.items()
+        }
+        self.tables = {
+            site.name: _empty_table(site, lora.max_pages, lora.max_adapters) for site in self.sites
+        }
+        # jnp.array copies: on the CPU jnp.asarray may keep reading the host table, which changes.
+        self._device_tables: dict[str, SiteTable[jax.Array]] = {
+            name: SiteTable(jnp.array(table.pages), jnp.array(table.scaling))
+            for name, table in self.tables.items()
+        }
+
+    def warm_up(self) -> None:
+        """Runs every program that writes, without effect; no write compiles anything after it."""
+        for width in self.pools:
+            nothing = np.empty((0, PAGE_ROWS, width), self.dtype)
+            self._write_chunk(width, np.empty(0, np.int32), nothing)
+        self._write_table(0, self._table_of_slot(0))
+
+    def device_state(self) -> dict[str, SitePages]:
+        """The current device arrays by site name, for the jitted step; the next write ends them."""
+        return {
+            site.name: SitePages(
+                a_pool=self.pools[site.in_features],
+                b_pool=self.pools[site.out_features],
+                table=self._device_tables[site.name].pages,
+                scaling=self._device_tables[site.name].scaling,
+            )
+            for site in self.sites
+        }
+
+    def pack(self, adapter: Adapter) -> PackedAdapter:
+        """Validates an adapter and lays its factors out as pages, in host memory only.
+
+        A factor that several updates share, as the same array object, is stored once.
+
+        Raises:
+            AdapterError: an update is of a site, layer or expert that has no pages here, its
+                factors have the wrong shape, or a number is not finite in the pool's dtype.
+            CapacityError: a rank is above ``lora.max_rank``.
+        """
+        tables = {site.name: _empty_table(site, self.lora.max_pages) for site in self.sites}
+        factors: dict[int, list[_Factor]] = {width: [] for width in self.pools}
+        num_pages = dict.fromkeys(self.pools, 0)
+        numbers_of_factor: dict[tuple[int, int], np.ndarray] = {}
+
+        for target, update in adapter.updates.items():
+            site = self._check_update(adapter, target, update)
+            row, table = site.layers.index(target.layer), tables[site.name]
+            table.scaling[row, target.expert] = update.scaling
+            count = pages_of_rank(update.rank)
+            for side, array in ((_A, update.a), (_B, update.b)):
+                key = side, id(array)
+                if key not in numbers_of_factor:
+                    factor = _Factor(array if side == _A else array.T, target, side)
+                    width = factor.rows.shape[1]
+                    first = num_pages[width]
+                    numbers_of_factor[key] = np.arange(first, first + count, dtype=np.int32)
+                    num_pages[width] += count
+                    factors[width].append(factor)
+                table.pages[row, side, :count, target.expert] = numbers_of_factor[key]
+
+        pages = {width: self._pack_pages(adapter, factors[width], width) for width in self.pools}
+        return PackedAdapter(adapter.layout, adapter.source, adapter.max_rank, pages, tables)
+
+    def shortage(self, packed: Collection[PackedAdapter], clearing: Collection[int] = ()) -> str:
+        """What is missing to write all of ``packed`` once the slots ``clearing`` are cleared.
+
+        Returns:
+            The missing slots and pages in words, with numbers; empty if everything fits.
+        """
+        freed = [self._rows_of_slot[slot] for slot in set(clearing) if slot in self._rows_of_slot]
+        missing = []
+        free_slots = len(self.free_slots()) + len(freed)
+        if len(packed) > free_slots:
+            missing.append(
+                f"{len(packed)} slots are needed, {free_slots} of {self.lora.max_adapters} are free"
+            )
+        for width, allocator in self._allocators.items():
+            needed = sum(adapter.pages_by_width[width] for adapter in packed)
+            free = allocator.num_free + sum(len(rows[width]) for rows in freed)
+            if needed > free:
+                missing.append(
+                    f"{needed} pages of width {width} are needed, "
+                    f"{free} of {allocator.total} are free"
+                )
+        return "; ".join(missing)
+
+    def write(self, slot: int, packed: PackedAdapter) -> None:
+        """Makes an adapter resident in a slot, in place of the adapter that is there, if any.
+
+        Raises:
+            CapacityError: its pages do not fit, the slot's present ones counted as free; nothing is
+                changed.
+        """
+        self._check_slot(slot)
+        if shortage := self.shortage([packed], clearing=[slot]):
+            raise CapacityError(
+                f"adapter from {packed.source} does not fit: {shortage}; "
+                "clear other slots or raise LoraConfig.pool_rank"
+            )
+        self.clear(slot)
+        rows = {
+            width: self._allocators[width].allocate(count)
+            for width, count in packed.pages_by_width.items()
+        }
+        self._rows_of_slot[slot] = rows
+        # Pages first: until the table names them, no computation reads them.
+        for width, pages in packed.pages.items():
+            chunk = self._chunk_pages[width]
+            for start in range(0, len(pages), chunk):
+                part = slice(start, start + chunk)
+                self._write_chunk(width, rows[width][part], pages[part])
+        self._write_table(slot, self._place(packed.tables, rows))
+
+    def clear(self, slot: int) -> None:
+        """Empties a slot and frees its pages; an empty slot stays as it is."""
+        self._check_slot(slot)
+        if slot not in self._rows_of_slot:
+            return
+        # The table first: from here on no computation reads the pages.
+        empty = {site.name: _empty_table(site, self.lora.max_pages) for site in self.sites}
+        self._write_table(slot, empty)
+        for width, rows in self._rows_of_slot.pop(slot).items():
+            self._allocators[width].free(rows)
+
+    def free_slots(self) -> list[int]:
+        """Slots that hold no adapter, ascending."""
+        return [slot for slot in range(self.lora.max_adapters) if slot not in self._rows_of_slot]
+
+    def free_pages(self, width: int) -> int:
+        """Pages of the pool of ``width`` that belong to no slot."""
+        return self._allocators[width].num_free
+
+    def usage(self) -> tuple[PoolUsage, ...]:
+        """How full each pool is, in order of the sites."""
+        return tuple(
+            PoolUsage(
+                width=width,
+                page_bytes=self._page_bytes(width),
+                total_pages=allocator.total,
+                used_pages=allocator.total - allocator.num_free,
+            )
+            for width, allocator in self._allocators.items()
+        )
+
+    def slot_bytes(self, slot: int) -> int:
+        """Bytes of the pages that belong to a slot."""
+        self._check_slot(slot)
+        rows_of_width = self._rows_of_slot.get(slot, {})
+        return sum(len(rows) * self._page_bytes(width) for width, rows in rows_of_width.items())
+
+    @property
+    def table_bytes(self) -> int:
+        """Bytes of all page tables and scalings on the device, the same for any set of adapters."""
+        return sum(array.nbytes for array in jax.tree.leaves(self.tables))
+
+    @property
+    def total_bytes(self) -> int:
+        """Bytes of everything on the device: pools, page tables and scalings."""
+        return self.table_bytes + sum(pool.total_bytes for pool in self.usage())
+
+    def _page_bytes(self, width: int) -> int:
+        return PAGE_ROWS * width * self.dtype.itemsize
+
+    def _check_slot(self, slot: int) -> None:
+        if not 0 <= slot < self.lora.max_adapters:
+            raise ValueError(f"slot {slot} is not within the {self.lora.max_adapters} slots")
+
+    def _check_update(self, adapter: Adapter, target: Target, update: LowRankUpdate) -> LoraSite:
+        """The site of an update that can be packed; raises as :meth:`pack` does for any other."""
+        where = _describe(adapter, target)
+        site = self._site_of_name.get(target.site)
+        if site is None:
+            enabled = ", ".join(self._site_of_name)
+            raise AdapterError(f"{where}: the site has no pages; enabled sites: {enabled}")
+        if target.layer not in site.layers:
+            raise AdapterError(f"{where}: the site exists in layers {site.layers} only")
+        if not 0 <= target.expert < site.table_experts:
+            raise AdapterError(f"{where}: the site has {site.table_experts} experts")
+        rank = update.rank
+        if rank < 1:
+            raise AdapterError(f"{where}: the rank is 0")
+        for factor, array, shape in (
+            ("A", update.a, (rank, site.in_features)),
+            ("B", update.b, (site.out_features, rank)),
+        ):
+            if array.shape != shape:
+                raise AdapterError(f"{where}: {factor} has shape {array.shape}, not {shape}")
+        if not abs(update.scaling) <= float(np.finfo(np.float32).max):  # false for NaN, too
+            raise AdapterError(f"{where}: scaling {update.scaling} is not finite in float32")
+        if rank > self.lora.max_rank:
+            raise CapacityError(
+                f"{where}: rank {rank} is above LoraConfig.max_rank {self.lora.max_rank}; "
+                f"raise max_rank to at least {adapter.max_rank}"
+            )
+        return site
+
+    def _pack_pages(self, adapter: Adapter, factors: Sequence["_Factor"], width: int) -> np.ndarray:
+        """The pages of all factors of one width ``[pages, 16, width]``, in order, read-only."""
+        num_pages = sum(pages_of_rank(len(factor.rows)) for factor in factors)
+        packed = np.zeros((num_pages * PAGE_ROWS, width), self.dtype)
+        start = 0
+        for factor in factors:
+            rank = len(factor.rows)
+            with np.errstate(over="ignore", invalid="ignore"):
+                rows = factor.rows.astype(self.dtype)
+            # After the cast: a number may be finite in the file and overflow in the pool's dtype.
+            if not np.isfinite(rows).all():
+                raise AdapterError(
+                    f"{_describe(adapter, factor.target)}: {'AB'[factor.side]} has numbers that "
+                    f"are not finite in {self.dtype}"
+                )
+            packed[start : start + rank] = rows
+            start += pages_of_rank(rank) * PAGE_ROWS
+        packed.flags.writeable = False
+        return packed.reshape(num_pages, PAGE_ROWS, width)
+
+    def _place(
+        self, tables: Mapping[str, SiteTable[np.ndarray]], rows: Mapping[int, np.ndarray]
+    ) -> dict[str, SiteTable[np.ndarray]]:
+        """Tables of a packed adapter with its page numbers replaced by pool rows."""
+        # One -1 is appended to the rows, so that the page number -1, "none", maps to itself.
+        row_of_number = {width: np.append(r, np.int32(-1)) for width, r in rows.items()}
+        placed = {}
+        for site in self.sites:
+            table = tables[site.name]
+            a_rows = row_of_number[site.in_features][table.pages[:, _A]]
+            b_rows = row_of_number[site.out_features][table.pages[:, _B]]
+            placed[site.name] = SiteTable(np.stack([a_rows, b_rows], axis=1), table.scaling)
+        return placed
+
+    def _table_of_slot(self, slot: int) -> dict[str, SiteTable[np.ndarray]]:
+        return {
+            name: SiteTable(table.pages[:, :, slot].copy(), table.scaling[:, slot].copy())
+            for name, table in self.tables.items()
+        }
+
+    def _write_table(self, slot: int, tables: dict[str, SiteTable[np.ndarray]]) -> None:
+        """Writes the tables of one slot, all sites at once, on the host and on the device."""
+        for name, table in tables.items():
+            self.tables[name].pages[:, :, slot] = table.pages
+            self.tables[name].scaling[:, slot] = table.scaling
+        self._device_tables = _set_slot(self._device_tables, np.int32(slot), tables)
+
+    def _write_chunk(self, width: int, rows: np.ndarray, pages: np.ndarray) -> None:
+        """Writes at most a chunk of pages ``[count, 16, width]`` into the pool rows ``[count]``."""
+        chunk, count = self._chunk_pages[width], len(rows)
+        if count < chunk:
+            # Rows past the end of the pool are dropped. They differ, as do all rows of a chunk.
+            past_end = self._allocators[width].total + np.arange(chunk - count, dtype=np.int32)
+            rows = np.concatenate([rows, past_end])
+            padded = np.zeros((chunk, PAGE_ROWS, width), self.dtype)
+            padded[:count] = pages
+            pages = padded
+        self.pools[width] = _set_pages(self.pools[width], rows, pages)
+
+
+class _Factor(NamedTuple):
+    """A factor to be packed: its rank rows ``[rank, width]``, and the first update that has it."""
+
+    rows: np.ndarray
+    target: Target
+    side: int
+
+
+def _empty_table(
+    site: LoraSite, max_pages: int, max_adapters: int | None = None
+) -> SiteTable[np.ndarray]:
+    """A table without pages: of all slots, or of one if ``max_adapters`` is not given."""
+    layers, experts = len(site.layers), site.table_experts
+    adapters = () if max_adapters is None else (max_adapters,)
+    return SiteTable(
+        pages=np.full((layers, 2, *adapters, max_pages, experts), -1, np.int32),
+        scaling=np.zeros((layers, *adapters, experts), np.float32),
+    )
+
+
+def _describe(adapter: Adapter, target: Target) -> str:
+    layer, site, expert = target
+    return f"adapter from {adapter.source}, layer {layer}, {site}, expert {expert}"
+
+
+@partial(jax.jit, donate_argnames="pool")
+def _set_pages(pool: jax.Array, rows: jax.Array, pages: jax.Array) -> jax.Array:
+    """Writes ``pages [chunk, 16, width]`` in place into distinct ``rows [chunk]`` of the pool."""
+    return pool.at[rows].set(pages, mode="drop", unique_indices=True)
+
+
+@partial(jax.jit, donate_argnames="tables")
+def _set_slot(
+    tables: dict[str, SiteTable[jax.Array]],
+    slot: jax.Array,
+    values: dict[str, SiteTable[jax.Array]],
+) -> dict[str, SiteTable[jax.Array]]:
+    """Writes the tables of one slot in place into the tables of all slots, for every site."""
+    set_at = jax.lax.dynamic_update_index_in_dim
+    return {
+        name: SiteTable(
+            pages=set_at(table.pages, values[name].pages, slot, axis=2),
+            scaling=set_at(table.scaling, values[name].scaling, slot, axis=1),
+        )
+        for name, table in tables.items()
+    }

@@ -1,0 +1,246 @@
+"""The bucketing layer: static batch shapes, and one ahead-of-time compiled program for each.
+
+A batch is padded to the smallest bucket that holds it and travels to the device as one int32
+vector. Programs are compiled before the first batch; a batch that fits no bucket must be split, it
+is never compiled for.
+"""
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from math import prod
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.monitoring
+import jax.numpy as jnp
+import numpy as np
+from jax import Array, lax
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+from moelora_jax.config import Bucket, BucketConfig
+from moelora_jax.errors import RequestError
+
+Kind = Literal["prefill", "decode", "score"]
+
+
+class Batch(NamedTuple):
+    """One packed step, as the model sees it inside a program.
+
+    Tokens of a sequence lie together, and sequences one after another. Everything is int32 unless
+    said otherwise; T and R are the bucket's tokens and sequences.
+
+    Attributes:
+        tokens: ``[T]`` token ids.
+        positions: ``[T]`` position of each token in its sequence.
+        adapter_of_token: ``[T]`` adapter slot, or -1 for the base model and for padding.
+        sequence_of_token: ``[T]`` row of the block table.
+        query_counts: ``[R]`` tokens of each sequence in this step.
+        last_token: ``[R]`` index into ``tokens`` of each sequence's last one.
+        block_table: ``[R, blocks_per_sequence]`` cache blocks of each sequence.
+        num_tokens: ``[]`` tokens that are real; padding comes behind them.
+        temperature: float32 ``[R]``; 0 is greedy.
+        top_k: ``[R]`` tokens to sample from; 0 means all.
+        top_p: float32 ``[R]`` probability mass to sample from.
+        seed: ``[R]`` random seed of each sequence.
+    """
+
+    tokens: Any
+    positions: Any
+    adapter_of_token: Any
+    sequence_of_token: Any
+    query_counts: Any
+    last_token: Any
+    block_table: Any
+    num_tokens: Any
+    temperature: Any
+    top_k: Any
+    top_p: Any
+    seed: Any
+
+
+@dataclass(frozen=True)
+class BatchLayout:
+    """Where each field of a :class:`Batch` lies in the packed int32 vector of a bucket."""
+
+    bucket: Bucket
+    blocks_per_sequence: int
+
+    def shapes(self) -> Batch:
+        """Shape and dtype of every field."""
+        tokens, sequences = (self.bucket.tokens,), (self.bucket.sequences,)
+        of_fields = Batch(
+            tokens=tokens,
+            positions=tokens,
+            adapter_of_token=tokens,
+            sequence_of_token=tokens,
+            query_counts=sequences,
+            last_token=sequences,
+            block_table=(self.bucket.sequences, self.blocks_per_sequence),
+            num_tokens=(),
+            temperature=sequences,
+            top_k=sequences,
+            top_p=sequences,
+            seed=sequences,
+        )
+        return Batch(
+            *(
+                jax.ShapeDtypeStruct(shape, _dtype(name))
+                for name, shape in of_fields._asdict().items()
+            )
+        )
+
+    @property
+    def size(self) -> int:
+        """Length of the packed vector."""
+        return sum(prod(field.shape) for field in self.shapes())
+
+    def empty(self) -> Batch:
+        """A batch of padding alone, as NumPy arrays to fill in."""
+        batch = Batch(*(np.zeros(field.shape, field.dtype) for field in self.shapes()))
+        batch.adapter_of_token[:] = -1
+        batch.top_p[:] = 1.0
+        return batch
+
+    def pack(self, batch: Batch) -> np.ndarray:
+        """The vector to copy to the device; floats keep their bits."""
+        return np.concatenate([np.ravel(np.asarray(field)).view(np.int32) for field in batch])
+
+    def unpack(self, packed: Array) -> Batch:
+        """Inside a program: the fields of a packed vector."""
+        fields, start = [], 0
+        for field in self.shapes():
+            values = packed[start : start + prod(field.shape)].reshape(field.shape)
+            if field.dtype != jnp.int32:
+                values = lax.bitcast_convert_type(values, field.dtype)
+            fields.append(values)
+            start += prod(field.shape)
+        return Batch(*fields)
+
+
+def _dtype(name: str) -> np.dtype:
+    return np.dtype(np.float32 if name in ("temperature", "top_p") else np.int32)
+
+
+@dataclass(frozen=True, order=True)
+class ProgramKey:
+    """Names one compiled program.
+
+    Attributes:
+        kind: ``prefill`` and ``decode`` sample each sequence's next token; ``score`` returns the
+            logits of every token. ``decode`` has one token per sequence.
+        bucket: the batch shape.
+        lora: whether any token may have an adapter. The host knows, so the device is never asked.
+    """
+
+    kind: Kind
+    bucket: Bucket
+    lora: bool
+
+
+def program_keys(buckets: BucketConfig, kinds: Iterable[Kind]) -> list[ProgramKey]:
+    """All programs of the given kinds."""
+    shapes: Mapping[Kind, Callable[[], Iterable[Bucket]]] = {
+        "prefill": buckets.prefill_buckets,
+        "decode": buckets.decode_buckets,
+        "score": buckets.prefill_buckets,
+    }
+    return [
+        ProgramKey(kind, bucket, lora)
+        for kind in kinds
+        for bucket in shapes[kind]()
+        for lora in (False, True)
+    ]
+
+
+def choose_bucket(buckets: Iterable[Bucket], tokens: int, sequences: int) -> Bucket:
+    """The smallest bucket that holds a batch.
+
+    Raises:
+        RequestError: none does; the batch must be split.
+    """
+    fitting = [b for b in buckets if b.tokens >= tokens and b.sequences >= sequences]
+    if not fitting:
+        raise RequestError(
+            f"no bucket holds {tokens} tokens of {sequences} sequences; split the batch"
+        )
+    return min(fitting)
+
+
+class CompilationCounter:
+    """Counts every program that XLA compiles in this process while the counter is open.
+
+    Use as a context manager, or call :meth:`close` in the end. ``count`` is live.
+    """
+
+    _EVENT = "/jax/core/compile/backend_compile_duration"
+
+    def __init__(self) -> None:
+        self.count = 0
+        jax.monitoring.register_event_duration_secs_listener(self._listen)
+
+    def _listen(self, event: str, duration_secs: float, **_: object) -> None:
+        if event == self._EVENT:
+            self.count += 1
+
+    def close(self) -> None:
+        jax.monitoring.unregister_event_duration_listener(self._listen)
+
+    def __enter__(self) -> "CompilationCounter":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+class Programs:
+    """The compiled programs of a model, by key.
+
+    Args:
+        build: makes the function of a key; its first argument is the donated device state.
+        arguments: shapes of the function's arguments for a key.
+    """
+
+    def __init__(
+        self,
+        build: Callable[[ProgramKey], Callable[..., Any]],
+        arguments: Callable[[ProgramKey], tuple[Any, ...]],
+    ) -> None:
+        self._build = build
+        self._arguments = arguments
+        self._compiled: dict[ProgramKey, jax.stages.Compiled] = {}
+
+    def compile(self, keys: Iterable[ProgramKey], *, progress: bool = False) -> None:
+        """Compile the programs of ``keys`` that are not compiled yet, largest bucket first.
+
+        Args:
+            keys: which programs.
+            progress: show a progress bar.
+        """
+        missing = sorted({key for key in keys if key not in self._compiled}, reverse=True)
+        columns = (
+            TextColumn("compiling programs"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("{task.description}"),
+            TimeElapsedColumn(),
+        )
+        with Progress(*columns, disable=not progress or not missing) as bar:
+            task = bar.add_task("", total=len(missing))
+            for key in missing:
+                adapters = "with adapters" if key.lora else "base only"
+                bar.update(task, description=f"{key.kind} {key.bucket.tokens} tokens, {adapters}")
+                function = jax.jit(self._build(key), donate_argnums=0)
+                self._compiled[key] = function.lower(*self._arguments(key)).compile()
+                bar.advance(task)
+
+    def __getitem__(self, key: ProgramKey) -> jax.stages.Compiled:
+        """The program of ``key``; compiled now if :meth:`compile` was not called for it."""
+        if key not in self._compiled:
+            self.compile([key])
+        return self._compiled[key]
+
+    def __contains__(self, key: ProgramKey) -> bool:
+        return key in self._compiled
+
+    def __len__(self) -> int:
+        return len(self._compiled)

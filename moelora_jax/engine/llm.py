@@ -1,0 +1,254 @@
+"""The Python API: a model with many adapters, for notebooks, tests and the command line."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.typing import DTypeLike
+
+from moelora_jax.adapters.adapter import Adapter
+from moelora_jax.adapters.reader import read_adapter
+from moelora_jax.adapters.registry import AdapterInfo
+from moelora_jax.buckets import Kind
+from moelora_jax.config import ModelConfig, RuntimeConfig
+from moelora_jax.engine import engine
+from moelora_jax.engine.engine import Engine, FinishReason
+from moelora_jax.engine.runner import Runner
+from moelora_jax.engine.sampling import Sampling
+from moelora_jax.errors import CapacityError, RequestError
+from moelora_jax.models import ModelFamily, load_model
+from moelora_jax.workspace import MemoryPlan
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """One row of a batch.
+
+    Attributes:
+        tokens: token ids, at least one.
+        adapter: name of a loaded adapter, or None for the base model.
+    """
+
+    tokens: Sequence[int]
+    adapter: str | None = None
+
+
+@dataclass(frozen=True)
+class Completion:
+    """What was generated for one prompt.
+
+    Attributes:
+        tokens: the new token ids; a stop token is the last one.
+        adapter: what the prompt asked for.
+        finish_reason: ``length`` or ``stop``.
+    """
+
+    tokens: tuple[int, ...]
+    adapter: str | None
+    finish_reason: FinishReason
+
+
+class LLM:
+    """A Mixture-of-Experts model and its adapters.
+
+    Example::
+
+        llm = LLM.load("path/to/checkpoint")
+        llm.load_adapter("french", "path/to/adapter")
+        llm.generate([Prompt([1, 2, 3], "french"), Prompt([1, 2, 3])], max_new_tokens=16)
+
+    Args:
+        model: a model of :mod:`moelora_jax.models`.
+        config: its description.
+        family: its family, for reading adapters.
+        runtime: adapter limits, buckets and cache.
+        dtype: compute dtype, that of the model's parameters.
+    """
+
+    def __init__(
+        self,
+        model: nnx.Module,
+        config: ModelConfig,
+        family: ModelFamily,
+        *,
+        runtime: RuntimeConfig | None = None,
+        dtype: DTypeLike,
+    ) -> None:
+        self.config = config
+        self.runtime = runtime or RuntimeConfig()
+        self._family = family
+        self.runner = Runner(model, config, self.runtime, dtype)
+        self._engine = Engine(self.runner)
+
+    @classmethod
+    def load(
+        cls,
+        folder: str | Path,
+        *,
+        runtime: RuntimeConfig | None = None,
+        dtype: DTypeLike | None = None,
+        progress: bool = False,
+    ) -> "LLM":
+        """Read a checkpoint folder of transformers.
+
+        Args:
+            folder: config.json and safetensors.
+            runtime: adapter limits, buckets and cache; the default suits a laptop.
+            dtype: compute dtype; float32 on a CPU and bfloat16 elsewhere unless given.
+            progress: show progress bars.
+
+        Raises:
+            CheckpointError: the folder is incomplete, damaged or of an unsupported model.
+        """
+        if dtype is None:
+            dtype = jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16
+        model, config, family = load_model(folder, dtype, progress=progress)
+        return cls(model, config, family, runtime=runtime, dtype=dtype)
+
+    def load_adapter(self, name: str, adapter: str | Path | Adapter, *, pin: bool = False) -> None:
+        """Load an adapter, or replace the one of that name.
+
+        Args:
+            name: what prompts call it.
+            adapter: a folder, or an adapter made in memory.
+            pin: keep it on the device.
+
+        Raises:
+            AdapterError: the files are incomplete, damaged, unsupported or of another model.
+            CapacityError: its rank or size exceeds the limits. Nothing is changed on any error.
+        """
+        if not isinstance(adapter, Adapter):
+            adapter = self.read_adapter(adapter)
+        self.runner.registry.load(name, adapter, pin=pin)
+
+    def read_adapter(self, folder: str | Path) -> Adapter:
+        """Read and check an adapter folder without loading it."""
+        return read_adapter(
+            folder, self.config.lora_sites(), module_names=self._family.module_names
+        )
+
+    def unload_adapter(self, name: str) -> None:
+        """Forget an adapter; RequestError if it is not loaded."""
+        self.runner.registry.unload(name)
+
+    def adapters(self) -> list[AdapterInfo]:
+        """The loaded adapters, least recently used first."""
+        registry = self.runner.registry
+        return [registry.info(name) for name in registry.names()]
+
+    def memory_plan(self) -> MemoryPlan:
+        """Bytes on the device, by what they are for."""
+        return self.runner.memory_plan()
+
+    def warm_up(
+        self, kinds: Sequence[Kind] = ("prefill", "decode"), *, progress: bool = False
+    ) -> None:
+        """Compile the programs for :meth:`generate`, or with ``("score",)`` for :meth:`score`.
+
+        Without it each program is compiled when it is first needed.
+        """
+        self.runner.warm_up(kinds, progress=progress)
+
+    def score(self, prompts: Sequence[Prompt]) -> list[np.ndarray]:
+        """Logits of every position of every prompt.
+
+        Args:
+            prompts: rows of one mixed batch; run in several steps if no bucket holds them.
+
+        Returns:
+            float32 ``[len(tokens), vocab]`` for each prompt.
+
+        Raises:
+            RequestError: the batch is empty, or a row is invalid; nothing was run.
+            CapacityError: a row is longer than the cache.
+        """
+        sequences = self._sequences(prompts, 0, Sampling(), frozenset())
+        self._run(sequences)
+        return [np.concatenate(sequence.logits) for sequence in sequences]
+
+    def generate(
+        self,
+        prompts: Sequence[Prompt],
+        *,
+        max_new_tokens: int = 16,
+        sampling: Sampling | None = None,
+        stop_tokens: Sequence[int] | None = None,
+    ) -> list[Completion]:
+        """Continue every prompt.
+
+        Args:
+            prompts: rows of one mixed batch; more rows than fit wait for others to finish.
+            max_new_tokens: tokens to generate for each prompt.
+            sampling: how tokens are chosen; greedy unless given.
+            stop_tokens: ids that end a completion; the checkpoint's own unless given.
+
+        Raises:
+            RequestError: the batch is empty, or a row is invalid; nothing was run.
+            CapacityError: a prompt and its new tokens are longer than the cache.
+        """
+        if max_new_tokens < 1:
+            raise RequestError(f"max_new_tokens must be at least 1, not {max_new_tokens}")
+        stop = frozenset(self.config.eos_tokens if stop_tokens is None else stop_tokens)
+        sequences = self._sequences(prompts, max_new_tokens, sampling or Sampling(), stop)
+        self._run(sequences)
+        return [
+            Completion(tuple(s.generated), s.adapter, s.finish_reason or "length")
+            for s in sequences
+        ]
+
+    def _run(self, sequences: Sequence[engine.Sequence]) -> None:
+        for sequence in sequences:
+            self._engine.add(sequence)
+        self._engine.run_until_done()
+
+    def _sequences(
+        self,
+        prompts: Sequence[Prompt],
+        max_new_tokens: int,
+        sampling: Sampling,
+        stop_tokens: frozenset[int],
+    ) -> list[engine.Sequence]:
+        if not prompts:
+            raise RequestError("the batch is empty: give at least one prompt")
+        return [
+            engine.Sequence(
+                prompt=self._check_tokens(row, prompt, max_new_tokens),
+                adapter=self._check_adapter(row, prompt.adapter),
+                max_new_tokens=max_new_tokens,
+                sampling=sampling,
+                stop_tokens=stop_tokens,
+            )
+            for row, prompt in enumerate(prompts)
+        ]
+
+    def _check_tokens(self, row: int, prompt: Prompt, max_new_tokens: int) -> list[int]:
+        tokens = np.asarray(prompt.tokens)
+        if tokens.ndim != 1 or tokens.size == 0:
+            raise RequestError(f"row {row}: tokens must be a list of at least one token id")
+        if not np.issubdtype(tokens.dtype, np.integer):
+            raise RequestError(f"row {row}: token ids must be integers, not {tokens.dtype}")
+        outside = tokens[(tokens < 0) | (tokens >= self.config.vocab_size)]
+        if outside.size:
+            raise RequestError(
+                f"row {row}: token id {outside[0]} is outside the vocabulary of "
+                f"{self.config.vocab_size} tokens"
+            )
+        length, limit = tokens.size + max_new_tokens, self.runtime.cache.max_length
+        if length > limit:
+            new = f" and {max_new_tokens} new ones" if max_new_tokens else ""
+            raise CapacityError(
+                f"row {row}: {tokens.size} prompt tokens{new} exceed the cache's max_length "
+                f"{limit}; shorten the prompt or raise CacheConfig.max_length"
+            )
+        return tokens.tolist()
+
+    def _check_adapter(self, row: int, name: str | None) -> str | None:
+        registry = self.runner.registry
+        if name is not None and name not in registry:
+            loaded = ", ".join(sorted(registry.names())) or "none"
+            raise RequestError(f"row {row}: adapter {name!r} is not loaded; loaded: {loaded}")
+        return name

@@ -1,0 +1,140 @@
+"""The device side: parameters, adapter pages, donated state, and the compiled programs."""
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax import Array
+from jax.typing import DTypeLike
+
+from moelora_jax.adapters.pages import PagePool
+from moelora_jax.adapters.registry import AdapterRegistry
+from moelora_jax.buckets import Batch, BatchLayout, Kind, ProgramKey, Programs, program_keys
+from moelora_jax.config import ModelConfig, RuntimeConfig
+from moelora_jax.engine.sampling import sample
+from moelora_jax.errors import CapacityError
+from moelora_jax.workspace import (
+    DeviceState,
+    MemoryPlan,
+    addresses,
+    allocate,
+    close_state,
+    device_state_shapes,
+    num_bytes,
+    open_state,
+)
+
+
+class Runner:
+    """Runs packed batches of one model.
+
+    Args:
+        model: a model of :mod:`moelora_jax.models`; its parameters stay where they are.
+        config: the model's description.
+        runtime: adapter limits, buckets and cache.
+        dtype: compute dtype, that of the parameters.
+
+    Attributes:
+        registry: the adapters, resident or not.
+        state: workspaces and KV cache; donated to every program and returned by it.
+        programs: the compiled programs.
+
+    Raises:
+        CapacityError: the cache is longer than the positions that the model was made for.
+    """
+
+    def __init__(
+        self, model: nnx.Module, config: ModelConfig, runtime: RuntimeConfig, dtype: DTypeLike
+    ) -> None:
+        if runtime.cache.max_length > config.max_position:
+            raise CapacityError(
+                f"CacheConfig.max_length is {runtime.cache.max_length}, but the model was made for "
+                f"at most {config.max_position} positions"
+            )
+        self.config = config
+        self.runtime = runtime
+        self._graph, self._params = nnx.split(model)
+        self.pool = PagePool(config.lora_sites(), runtime.lora, dtype)
+        self.pool.warm_up()
+        self.registry = AdapterRegistry(self.pool)
+        self._state_shapes = device_state_shapes(config, runtime, dtype)
+        self.state = allocate(self._state_shapes)
+        self.programs = Programs(self._step_function, self._arguments)
+
+    def layout(self, key: ProgramKey) -> BatchLayout:
+        """How batches of a program are packed."""
+        return BatchLayout(key.bucket, self.runtime.cache.blocks_per_sequence)
+
+    def warm_up(
+        self, kinds: Iterable[Kind] = ("prefill", "decode"), *, progress: bool = False
+    ) -> None:
+        """Compile all programs of the given kinds; nothing is compiled for a batch after that."""
+        self.programs.compile(program_keys(self.runtime.buckets, kinds), progress=progress)
+
+    def run(self, key: ProgramKey, batch: Batch) -> Array:
+        """Run one step.
+
+        Args:
+            key: the program.
+            batch: NumPy arrays of the program's bucket.
+
+        Returns:
+            On the device: int32 ``[sequences]`` next tokens, or for ``score`` float32
+            ``[tokens, vocab]`` logits.
+        """
+        packed = jnp.asarray(self.layout(key).pack(batch))
+        pages = self.pool.device_state() if key.lora else None
+        self.state, out = self.programs[key](self.state, self._params, pages, packed)
+        return out
+
+    def memory_plan(self) -> MemoryPlan:
+        """Bytes on the device, by what they are for."""
+        return MemoryPlan(
+            weights=num_bytes(self._params),
+            adapter_pages=self.pool.total_bytes - self.pool.table_bytes,
+            adapter_tables=self.pool.table_bytes,
+            workspaces=num_bytes(self.state.workspace),
+            kv_cache=num_bytes(self.state.cache),
+        )
+
+    def addresses(self) -> dict[str, tuple[int, ...]]:
+        """Device addresses of everything that is updated in place."""
+        return {
+            "workspaces": addresses(self.state.workspace),
+            "kv_cache": addresses(self.state.cache),
+            "adapter_pages": addresses(self.pool.device_state()),
+        }
+
+    def _step_function(self, key: ProgramKey) -> Callable[..., Any]:
+        layout, graph = self.layout(key), self._graph
+
+        def step(
+            state: DeviceState, params: Any, pages: Any, packed: Array
+        ) -> tuple[DeviceState, Array]:
+            opened, batch = open_state(state), layout.unpack(packed)
+            model: Any = nnx.merge(graph, params)
+            hidden = model(batch, opened.cache, opened.workspace, pages)
+            if key.kind == "score":
+                out = model.logits(hidden)
+            else:
+                out = sample(
+                    model.logits(hidden[batch.last_token]),
+                    batch.temperature,
+                    batch.top_k,
+                    batch.top_p,
+                    batch.seed,
+                    batch.positions[batch.last_token],
+                )
+            return close_state(opened), out
+
+        return step
+
+    def _arguments(self, key: ProgramKey) -> tuple[Any, ...]:
+        shapes = jax.tree.map(
+            lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype),
+            (self._params, self.pool.device_state() if key.lora else None),
+        )
+        packed = jax.ShapeDtypeStruct((self.layout(key).size,), jnp.int32)
+        return (self._state_shapes, *shapes, packed)

@@ -1,0 +1,121 @@
+"""The model families, and loading one from a checkpoint folder."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+from flax import nnx
+from jax.typing import DTypeLike
+
+from moelora_jax.adapters.module_names import QWEN3_MOE_NAMES, ModuleNames
+from moelora_jax.config import ModelConfig
+from moelora_jax.errors import CheckpointError
+from moelora_jax.models import qwen3_moe
+from moelora_jax.models.checkpoint import Parameter, load_parameters, read_config
+
+__all__ = ["FAMILIES", "ModelFamily", "build_model", "family_of", "load_model", "model_arrays"]
+
+
+@dataclass(frozen=True)
+class ModelFamily:
+    """All that the rest of the project needs to know of one model architecture.
+
+    Attributes:
+        module: the flax module; called as ``module(config, dtype=..., rngs=...)``.
+        read_config: from config.json to the model's description.
+        parameters: from the description to where each stacked parameter comes from.
+        module_names: how adapters name the model's modules.
+        ignored_tensors: shell-style patterns of tensors that a checkpoint may hold without being
+            used.
+    """
+
+    module: Callable[..., nnx.Module]
+    read_config: Callable[[Mapping[str, Any]], ModelConfig]
+    parameters: Callable[[ModelConfig], dict[str, Parameter]]
+    module_names: ModuleNames
+    ignored_tensors: Sequence[str] = ()
+
+
+#: By the entry of ``architectures`` in config.json.
+FAMILIES: dict[str, ModelFamily] = {
+    qwen3_moe.ARCHITECTURE: ModelFamily(
+        module=qwen3_moe.Qwen3Moe,
+        read_config=qwen3_moe.read_model_config,
+        parameters=qwen3_moe.checkpoint_parameters,
+        module_names=QWEN3_MOE_NAMES,
+        ignored_tensors=("model.layers.*.self_attn.rotary_emb.inv_freq",),
+    ),
+}
+
+
+def family_of(raw: Mapping[str, Any]) -> ModelFamily:
+    """The family of a checkpoint, from its config.json.
+
+    Raises:
+        CheckpointError: the architecture is not supported.
+    """
+    architectures = raw.get("architectures") or []
+    for name in architectures:
+        if name in FAMILIES:
+            return FAMILIES[name]
+    raise CheckpointError(
+        f"config.json: architectures {architectures} are not supported; "
+        f"supported are {', '.join(sorted(FAMILIES))}"
+    )
+
+
+def load_model(
+    folder: str | Path, dtype: DTypeLike, *, progress: bool = False
+) -> tuple[nnx.Module, ModelConfig, ModelFamily]:
+    """Read a checkpoint folder of transformers.
+
+    Args:
+        folder: config.json and safetensors, sharded or not.
+        dtype: compute dtype; parameters are rounded to it.
+        progress: show a progress bar.
+
+    Raises:
+        CheckpointError: the folder is incomplete, damaged or of an unsupported model.
+    """
+    raw = read_config(folder)
+    family = family_of(raw)
+    config = family.read_config(raw)
+    ignored = list(family.ignored_tensors)
+    if config.tie_embeddings:
+        ignored.append("lm_head.weight")
+    arrays = load_parameters(
+        folder, family.parameters(config), dtype, ignore=ignored, progress=progress
+    )
+    return build_model(family, config, arrays, dtype), config, family
+
+
+def build_model(
+    family: ModelFamily, config: ModelConfig, arrays: Mapping[str, jax.Array], dtype: DTypeLike
+) -> nnx.Module:
+    """A module around given parameters.
+
+    Args:
+        family: the model's family.
+        config: the model's description.
+        arrays: every parameter by its dotted path in the module.
+        dtype: dtype of the arrays.
+    """
+    skeleton = nnx.eval_shape(lambda: family.module(config, dtype=dtype, rngs=nnx.Rngs(0)))
+    graph, state = nnx.split(skeleton)
+    flat = nnx.to_flat_state(state)
+    paths = {".".join(map(str, path)) for path, _ in flat}
+    if paths != set(arrays):
+        raise CheckpointError(
+            f"parameters of {config.architecture} do not match its module: "
+            f"{sorted(paths ^ set(arrays))}"
+        )
+    filled = [(path, variable.replace(arrays[".".join(map(str, path))])) for path, variable in flat]
+    return nnx.merge(graph, nnx.from_flat_state(filled))
+
+
+def model_arrays(model: nnx.Module) -> dict[str, jax.Array]:
+    """Every parameter of a module by its dotted path: the inverse of :func:`build_model`."""
+    flat = nnx.to_flat_state(nnx.state(model))
+    return {".".join(map(str, path)): variable[...] for path, variable in flat}
