@@ -33,7 +33,7 @@ class Prompt:
         adapter: name of a loaded adapter, or None for the base model.
     """
 
-    tokens: Sequence[int]
+    tokens: Sequence[int] | np.ndarray
     adapter: str | None = None
 
 

@@ -84,7 +84,7 @@ class Runner:
             On the device: int32 ``[sequences]`` next tokens, or for ``score`` float32
             ``[tokens, vocab]`` logits.
         """
-        packed = jnp.asarray(self.layout(key).pack(batch))
+        packed = jax.device_put(self.layout(key).pack(batch))
         pages = self.pool.device_state() if key.lora else None
         self.state, out = self.programs[key](self.state, self._params, pages, packed)
         return out

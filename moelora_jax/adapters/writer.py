@@ -1,0 +1,408 @@
+"""Writes an adapter folder, ``adapter_config.json`` and ``adapter_model.safetensors``.
+
+The inverse of :mod:`moelora_jax.adapters.reader`: what is written here reads back bit by bit.
+"""
+
+import json
+import re
+import tempfile
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from math import sqrt
+from pathlib import Path
+from typing import Any, Literal, NamedTuple, NoReturn
+
+import numpy as np
+from safetensors.numpy import save_file
+
+from moelora_jax.adapters.adapter import Adapter, LowRankUpdate, Target
+from moelora_jax.adapters.module_names import QWEN3_MOE_NAMES, ModuleNames
+from moelora_jax.config import LoraSite
+from moelora_jax.errors import AdapterError
+from moelora_jax.safetensors_file import FLOAT_DTYPES
+
+__all__ = ["Layout", "save_adapter"]
+
+#: How the factors of experts are laid out; see :mod:`moelora_jax.adapters.reader`.
+Layout = Literal["per_expert", "peft_fused"]
+
+#: The first version of PEFT whose layout of expert parameters is the one written here. Where a
+#: matrix is square, only this tells readers that it is not transposed.
+_PEFT_VERSION = "0.19.0"
+
+
+@dataclass(frozen=True, eq=False)
+class _Module:
+    """One pair of tensors, and what the config says of it.
+
+    Attributes:
+        tensors: what the tensors' names begin with, after PEFT's ``base_model.model.``.
+        name: the changed module or parameter, as PEFT calls it; ``{expert}`` stands for the index.
+        site: the name of the first site that it changes.
+        layer: the model's layer index.
+        expert: the index, if it changes one expert alone.
+        is_parameter: whether PEFT adapts a parameter, not a module.
+        a: the tensor lora_A.
+        b: the tensor lora_B.
+        rank: of each update in it.
+        scaling: of each update in it.
+    """
+
+    tensors: str
+    name: str
+    site: str
+    layer: int
+    expert: int | None
+    is_parameter: bool
+    a: np.ndarray
+    b: np.ndarray
+    rank: int
+    scaling: float
+
+    @property
+    def short_name(self) -> str:
+        """The last part of the name: ``q_proj``, ``gate_up_proj``."""
+        return self.name.rpartition(".")[2]
+
+
+def save_adapter(
+    folder: str | Path,
+    adapter: Adapter,
+    sites: Sequence[LoraSite],
+    *,
+    layout: Layout,
+    module_names: ModuleNames = QWEN3_MOE_NAMES,
+    base_model: str | None = None,
+) -> None:
+    """Write an adapter folder that :func:`~moelora_jax.adapters.reader.read_adapter` reads.
+
+    Factors keep their bits and dtypes. A scaling keeps its bits if any alpha gives it, as one
+    always does for an adapter that came from a file; else it is off by one rounding of float64.
+    The folder appears complete or not at all.
+
+    ``peft_fused`` can be loaded by PEFT 0.19 and later, with transformers 5. There all experts of
+    a layer have the same rank and scaling, gate and up have the same A, and an expert without an
+    update is written as zeros. ``per_expert`` has no such limits; an A that several matrices share
+    is written once for each of them. Dense layers are written in the same way by both.
+
+    Args:
+        folder: must not exist, or be empty.
+        adapter: what to write.
+        sites: what adapters may change in the model.
+        layout: of the experts.
+        module_names: how adapters for this family of models name their modules.
+        base_model: name or path of the base model, which other tools show to their users.
+
+    Raises:
+        AdapterError: the folder is not empty; the adapter changes nothing, contradicts the sites or
+            is not finite; or the layout cannot express it.
+    """
+    _check(adapter, sites)
+    writer = _Writer(adapter, {site.name: site for site in sites}, module_names)
+    modules = writer.modules(layout)
+    tensors = {
+        f"base_model.model.{module.tensors}.lora_{factor}.weight": np.ascontiguousarray(array)
+        for module in modules
+        for factor, array in (("A", module.a), ("B", module.b))
+    }
+    config = _config(modules, sites, module_names) | {"base_model_name_or_path": base_model}
+    with _new_folder(Path(folder)) as new:
+        (new / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n", "utf-8")
+        # Without this tag, some versions of transformers refuse the file.
+        save_file(tensors, new / "adapter_model.safetensors", metadata={"format": "pt"})
+
+
+def _check(adapter: Adapter, sites: Sequence[LoraSite]) -> None:
+    """Refuse what the reader would refuse."""
+    if not adapter.updates:
+        raise AdapterError(f"the adapter from {adapter.source} changes nothing, so it has no files")
+    site_of_name = {site.name: site for site in sites}
+    for target, update in adapter.updates.items():
+        site = site_of_name.get(target.site)
+        if site is None:
+            _fail(target, f"is of no site of the model; its sites are {', '.join(site_of_name)}")
+        if target.layer not in site.layers:
+            _fail(
+                target, f"is of a layer without {site.name}; the layers with it are {site.layers}"
+            )
+        if not 0 <= target.expert < site.table_experts:
+            _fail(target, f"is of expert {target.expert} of {site.table_experts}, counted from 0")
+        rank = update.rank
+        for factor, array, shape in (
+            ("A", update.a, (max(rank, 1), site.in_features)),
+            ("B", update.b, (site.out_features, rank)),
+        ):
+            if array.shape != shape:
+                _fail(target, f"has {factor} of shape {array.shape}, expected {shape}")
+            if array.dtype not in FLOAT_DTYPES.values():
+                _fail(target, f"has {factor} of dtype {array.dtype}, which files cannot hold")
+            if not np.isfinite(array).all():
+                _fail(target, f"has numbers in {factor} that are not finite")
+        if not np.isfinite(update.scaling):
+            _fail(target, f"has the scaling {update.scaling}, which is not finite")
+
+
+class _Writer:
+    """Lays the updates of an adapter out as pairs of tensors."""
+
+    def __init__(self, adapter: Adapter, sites: Mapping[str, LoraSite], names: ModuleNames) -> None:
+        self.updates = adapter.updates
+        self.sites = sites
+        self.names = names
+        self.path_of_linear = {site: path for path, site in names.linear.items()}
+        self.projection_of_site = {
+            sites[0]: name for name, sites in names.projections.items() if len(sites) == 1
+        }
+
+    def modules(self, layout: Layout) -> list[_Module]:
+        """All pairs of tensors, in order of the model."""
+        dense = [t for t in self.updates if not self.sites[t.site].num_experts]
+        experts = [t for t in self.updates if self.sites[t.site].num_experts]
+        modules = [self._linear(target) for target in dense]
+        if layout == "per_expert":
+            modules += [self._expert(target) for target in experts]
+        else:
+            for layer in {target.layer: None for target in experts}:
+                modules += self._fused(layer)
+        order = list(self.sites)
+        return sorted(modules, key=lambda m: (m.layer, order.index(m.site), m.expert or 0))
+
+    def _linear(self, target: Target) -> _Module:
+        if target.site not in self.path_of_linear:
+            _fail(target, "has no name in adapter files of this family of models")
+        path = f"{self._layer(target.layer)}.{self.path_of_linear[target.site]}"
+        return self._matrix(target, path, path, None)
+
+    def _expert(self, target: Target) -> _Module:
+        if target.site not in self.projection_of_site:
+            _fail(target, "has no name of its own; write it with layout='peft_fused'")
+        name = f"{self._experts(target.layer)}.{{expert}}.{self.projection_of_site[target.site]}"
+        return self._matrix(target, name.format(expert=target.expert), name, target.expert)
+
+    def _matrix(self, target: Target, tensors: str, name: str, expert: int | None) -> _Module:
+        update = self.updates[target]
+        return _Module(
+            tensors=tensors,
+            name=name,
+            site=target.site,
+            layer=target.layer,
+            expert=expert,
+            is_parameter=False,
+            a=update.a,
+            b=update.b,
+            rank=update.rank,
+            scaling=update.scaling,
+        )
+
+    def _fused(self, layer: int) -> Iterator[_Module]:
+        """The parameters of the experts of one layer."""
+        updates_of = {
+            parameter: found
+            for parameter in self.names.expert_parameters
+            if (found := self._updates_of_parameter(layer, parameter))
+        }
+        experts = self._experts(layer)
+        for parameter, updates in updates_of.items():
+            # PEFT wraps the second parameter's layer around the first one's.
+            is_inner = len(updates_of) == 2 and parameter == self.names.expert_parameters[0]
+            a, b = self._fuse(parameter, updates)
+            first = next(iter(updates.values()))
+            yield _Module(
+                tensors=f"{experts}.base_layer" if is_inner else experts,
+                name=f"{experts}.{parameter}",
+                site=self.names.projections[parameter][0],
+                layer=layer,
+                expert=None,
+                is_parameter=True,
+                a=a,
+                b=b,
+                rank=first.rank,
+                scaling=first.scaling,
+            )
+
+    def _updates_of_parameter(self, layer: int, parameter: str) -> dict[Target, LowRankUpdate]:
+        sites = [self.sites[site] for site in self.names.projections[parameter]]
+        targets = [
+            Target(layer, site.name, expert)
+            for expert in range(sites[0].num_experts)
+            for site in sites
+        ]
+        return {target: self.updates[target] for target in targets if target in self.updates}
+
+    def _fuse(
+        self, parameter: str, updates: Mapping[Target, LowRankUpdate]
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """A ``[experts·rank, in]`` and B ``[out, rank·experts]`` of a parameter of all experts."""
+        sites = [self.sites[site] for site in self.names.projections[parameter]]
+        first = next(iter(updates))
+        rank, dtypes = updates[first].rank, (updates[first].a.dtype, updates[first].b.dtype)
+        experts = sites[0].num_experts
+        a = np.zeros((experts, rank, sites[0].in_features), dtypes[0])
+        b = np.zeros((len(sites), sites[0].out_features, rank, experts), dtypes[1])
+        seen: dict[int, Target] = {}
+        for target, update in updates.items():
+            _check_uniform(parameter, target, update, first, updates[first])
+            other = seen.setdefault(target.expert, target)
+            if update.a.tobytes() != updates[other].a.tobytes():
+                _refuse_fused(
+                    target, f"has another A than {other.site}, and {parameter} has one for both"
+                )
+            a[target.expert] = update.a
+            b[self.names.projections[parameter].index(target.site), :, :, target.expert] = update.b
+        # Rows of two projections alternate, or follow each other.
+        rows = b.swapaxes(0, 1) if self.names.interleaved else b
+        return a.reshape(experts * rank, -1), rows.reshape(-1, rank * experts)
+
+    def _layer(self, layer: int) -> str:
+        return f"{self.names.layers[0]}.{layer}"
+
+    def _experts(self, layer: int) -> str:
+        return f"{self._layer(layer)}.{self.names.experts[0]}"
+
+
+def _check_uniform(
+    parameter: str, target: Target, update: LowRankUpdate, first: Target, model: LowRankUpdate
+) -> None:
+    """One parameter has one rank, one scaling and one dtype."""
+    for what, value, expected in (
+        ("rank", update.rank, model.rank),
+        ("scaling", update.scaling, model.scaling),
+        ("dtype", update.a.dtype, model.a.dtype),
+        ("dtype", update.b.dtype, model.b.dtype),
+    ):
+        if value != expected:
+            _refuse_fused(
+                target,
+                f"has {what} {value}, but {first.site} of expert {first.expert} has {expected}, "
+                f"and {parameter} has one for all",
+            )
+
+
+class _Scalings(NamedTuple):
+    """A way to write the scalings: alpha over rank, or over its root; and how well it fits."""
+
+    use_rslora: bool
+    alphas: list[float]
+    num_exact: int
+    num_integers: int
+
+
+def _config(
+    modules: Sequence[_Module], sites: Sequence[LoraSite], names: ModuleNames
+) -> dict[str, Any]:
+    """The content of ``adapter_config.json``."""
+    ranks = [module.rank for module in modules]
+    scalings = max(
+        (_scalings(modules, use_rslora) for use_rslora in (False, True)),
+        key=lambda s: (s.num_exact, s.num_integers),
+    )
+    rank = Counter(ranks).most_common(1)[0][0]
+    alpha = Counter(scalings.alphas).most_common(1)[0][0]
+    targets = _targets(modules, {site.name: site for site in sites}, names)
+    return {
+        "peft_type": "LORA",
+        "peft_version": _PEFT_VERSION,
+        "task_type": "CAUSAL_LM",
+        "inference_mode": True,
+        "r": rank,
+        "lora_alpha": alpha,
+        "use_rslora": scalings.use_rslora,
+        "rank_pattern": _pattern(modules, ranks, rank),
+        "alpha_pattern": _pattern(modules, scalings.alphas, alpha),
+        # An empty list, because PEFT chooses modules of its own where there is none.
+        "target_modules": [name for name, is_parameter in targets.items() if not is_parameter],
+        "target_parameters": [name for name, is_parameter in targets.items() if is_parameter]
+        or None,
+        "bias": "none",
+        "lora_dropout": 0.0,
+    }
+
+
+def _scalings(modules: Iterable[_Module], use_rslora: bool) -> _Scalings:
+    divisors = [(m, sqrt(m.rank) if use_rslora else m.rank) for m in modules]
+    alphas = [_alpha(module.scaling, divisor) for module, divisor in divisors]
+    exact = sum(a / d == m.scaling for a, (m, d) in zip(alphas, divisors, strict=True))
+    return _Scalings(use_rslora, alphas, exact, sum(isinstance(alpha, int) for alpha in alphas))
+
+
+def _alpha(scaling: float, divisor: float) -> float:
+    """The alpha that gives a scaling: an integer if one does, else the closest number."""
+    product = float(scaling) * divisor
+    neighbours = (np.nextafter(product, -np.inf), np.nextafter(product, np.inf))
+    for alpha in (round(product), product, *map(float, neighbours)):
+        if alpha / divisor == scaling:
+            return alpha
+    return product
+
+
+def _pattern(
+    modules: Sequence[_Module], values: Sequence[float], default: float
+) -> dict[str, float]:
+    """Regular expressions of the modules whose value is not the default one.
+
+    No two of them match the same module, so that a tool which sorts them does no harm.
+    """
+    values_of: dict[str, set[float]] = defaultdict(set)
+    for module, value in zip(modules, values, strict=True):
+        values_of[module.short_name].add(value)
+    experts_of: dict[tuple[str, float], list[str]] = defaultdict(list)
+    for module, value in zip(modules, values, strict=True):
+        if value != default:
+            uniform = len(values_of[module.short_name]) == 1
+            name = module.short_name if uniform else module.name
+            experts_of[name, value].append(str(module.expert))
+    return {
+        re.escape(name).replace(r"\{expert\}", f"({'|'.join(experts)})"): value
+        for (name, value), experts in experts_of.items()
+    }
+
+
+def _targets(
+    modules: Iterable[_Module], sites: Mapping[str, LoraSite], names: ModuleNames
+) -> dict[str, bool]:
+    """What the config calls the changed modules and parameters; whether each is a parameter.
+
+    A short name stands for all layers. Where not all are changed, each layer is named, except for
+    single experts: there are too many of them, and other tools take a missing one for zero.
+    """
+    layers: dict[str, set[int]] = defaultdict(set)
+    modules = list(modules)
+    for module in modules:
+        layers[module.short_name].add(module.layer)
+    targets = {}
+    for module in modules:
+        everywhere = layers[module.short_name] == set(sites[module.site].layers)
+        if module.expert is not None or (everywhere and not module.is_parameter):
+            name = module.short_name
+        elif everywhere:
+            name = f"{names.experts[0]}.{module.short_name}"
+        else:
+            name = module.name
+        targets[name] = module.is_parameter
+    return targets
+
+
+@contextmanager
+def _new_folder(folder: Path) -> Iterator[Path]:
+    """A folder to write into, which takes the name ``folder`` if the block succeeds."""
+    folder = folder.absolute()
+    if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
+        raise AdapterError(f"{folder}: already exists and is not an empty folder")
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    # Beside it, as only a rename within one file system is atomic.
+    with tempfile.TemporaryDirectory(prefix=f".{folder.name}.", dir=folder.parent) as temporary:
+        new = Path(temporary, folder.name)
+        new.mkdir()
+        yield new
+        new.rename(folder)
+
+
+def _fail(target: Target, reason: str) -> NoReturn:
+    layer, site, expert = target
+    raise AdapterError(f"layer {layer}, {site}, expert {expert}: {reason}")
+
+
+def _refuse_fused(target: Target, reason: str) -> NoReturn:
+    _fail(target, f"{reason}; write it with layout='per_expert'")
