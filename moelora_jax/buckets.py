@@ -5,9 +5,11 @@ vector. Programs are compiled before the first batch; a batch that fits no bucke
 is never compiled for.
 """
 
+import os
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from math import prod
+from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -164,6 +166,23 @@ def choose_bucket(buckets: Iterable[Bucket], tokens: int, sequences: int) -> Buc
             f"no bucket holds {tokens} tokens of {sequences} sequences; split the batch"
         )
     return min(fitting)
+
+
+def use_compilation_cache(folder: str | Path | None = None) -> Path:
+    """Keep compiled programs on disk, for all of this process, so that the next start is fast.
+
+    Args:
+        folder: where to; ``~/.cache/moelora_jax/programs`` (under ``XDG_CACHE_HOME``) unless given.
+
+    Returns:
+        The folder.
+    """
+    if folder is None:
+        home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+        folder = home / "moelora_jax" / "programs"
+    jax.config.update("jax_compilation_cache_dir", str(folder))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
+    return Path(folder)
 
 
 class CompilationCounter:

@@ -22,6 +22,8 @@ from moelora_kernels import (
     sort_tokens,
     token_sort_shapes,
 )
+from moelora_kernels.backend import Implementation, choose
+from moelora_kernels.tuning.tiles import MoeTiles, moe_tiles
 
 
 class MoeParams(NamedTuple):
@@ -46,7 +48,7 @@ class MoeWorkspace(NamedTuple):
         gate_up_ranks: ``[2, pairs, max_rank]``, rank activations of gate and up; None without LoRA.
         hidden: ``[pairs, intermediate]``, after the activation.
         down_ranks: ``[1, pairs, max_rank]``; None without LoRA.
-        expert_out: float32 ``[pairs, hidden]``.
+        expert_out: ``[pairs, hidden]``.
     """
 
     sort: TokenSort
@@ -57,7 +59,7 @@ class MoeWorkspace(NamedTuple):
 
 
 def tile_rows(pairs: int, num_experts: int) -> int:
-    """Rows of a tile: small enough that few rows of a tile are empty, between 16 and 64."""
+    """Rows of a tile of the reference: small enough that few rows of a tile are empty."""
     mean_rows = pairs / num_experts
     return 16 if mean_rows <= 16 else 32 if mean_rows <= 64 else 64
 
@@ -83,15 +85,15 @@ def moe_workspace_shapes(
         tile_rows=16,
     )
 
-    def shape(*sizes: int, of: DTypeLike = dtype) -> Any:
-        return jax.ShapeDtypeStruct(sizes, of)
+    def shape(*sizes: int) -> Any:
+        return jax.ShapeDtypeStruct(sizes, dtype)
 
     return MoeWorkspace(
         sort=sort,
         gate_up_ranks=shape(2, pairs, max_rank) if num_adapters else None,
         hidden=shape(pairs, config.intermediate_size),
         down_ranks=shape(1, pairs, max_rank) if num_adapters else None,
-        expert_out=shape(pairs, config.hidden_size, of=jnp.float32),
+        expert_out=shape(pairs, config.hidden_size),
     )
 
 
@@ -105,7 +107,10 @@ def moe_lora(
     adapter_of_token: Int32[Array, " tokens"] | None = None,
     pages: ExpertPages | None = None,
     workspace: MoeWorkspace | None = None,
-) -> Float[Array, "tokens hidden"]:
+    out: Buffer | None = None,
+    implementation: Implementation | None = None,
+    tiles: MoeTiles | None = None,
+) -> Buffer:
     """Route tokens to experts and sum the experts' outputs, each token with its own adapter.
 
     Args:
@@ -117,13 +122,20 @@ def moe_lora(
         adapter_of_token: adapter slot of each token, -1 for the base model. Only with ``pages``.
         pages: resident adapters; None runs the base model.
         workspace: references that intermediates are written to; None allocates them.
+        out: reference ``[>= tokens, hidden]`` that the output is written to.
+        implementation: of all kernels; None chooses by the default device.
+        tiles: launch parameters of Triton's kernels; None takes them from the measured table.
 
     Returns:
         The layer's output in the dtype of ``x``, without the residual.
     """
     logits = jnp.einsum("th,eh->te", x, params.router[layer], preferred_element_type=jnp.float32)
     experts, weights = route(
-        logits, top_k=config.top_k, scoring=config.scoring, renormalize=config.renormalize
+        logits,
+        top_k=config.top_k,
+        scoring=config.scoring,
+        renormalize=config.renormalize,
+        implementation=implementation,
     )
     return moe_experts(
         x,
@@ -136,6 +148,9 @@ def moe_lora(
         adapter_of_token=adapter_of_token,
         pages=pages,
         workspace=workspace,
+        out=out,
+        implementation=implementation,
+        tiles=tiles,
     )
 
 
@@ -151,7 +166,10 @@ def moe_experts(
     adapter_of_token: Int32[Array, " tokens"] | None = None,
     pages: ExpertPages | None = None,
     workspace: MoeWorkspace | None = None,
-) -> Float[Array, "tokens hidden"]:
+    out: Buffer | None = None,
+    implementation: Implementation | None = None,
+    tiles: MoeTiles | None = None,
+) -> Buffer:
     """:func:`moe_lora` with the routing given: ``experts`` and their float32 ``weights``."""
     if (adapter_of_token is None) != (pages is None):
         raise ValueError("adapter_of_token and pages must be given together")
@@ -162,7 +180,19 @@ def moe_experts(
     if workspace is None:
         nothing: Any = None
         workspace = MoeWorkspace(*[nothing] * len(MoeWorkspace._fields))
-    rows = tile_rows(pairs, config.num_experts)
+    implementation = choose(implementation)
+    if implementation == "reference":
+        rows = tile_rows(pairs, config.num_experts)
+    else:
+        tiles = tiles or moe_tiles(
+            num_experts=config.num_experts,
+            top_k=top_k,
+            hidden=config.hidden_size,
+            intermediate=config.intermediate_size,
+            tokens=tokens,
+            dtype=x.dtype,
+        )
+        rows = tiles.tile_rows
 
     sort = sort_tokens(
         experts,
@@ -172,6 +202,7 @@ def moe_experts(
         num_adapters=0 if pages is None else pages.gate.num_adapters,
         tile_rows=rows,
         out=workspace.sort,
+        implementation=implementation,
     )
     gate_up_ranks = down_ranks = None
     if pages is not None:
@@ -184,6 +215,8 @@ def moe_experts(
             tile_rows=rows,
             top_k=top_k,
             out=workspace.gate_up_ranks,
+            tiles=tiles and tiles.gate_up_shrink,
+            implementation=implementation,
         )
     hidden = gate_up(
         x,
@@ -196,6 +229,8 @@ def moe_experts(
         rank_activations=gate_up_ranks,
         sites=None if pages is None else (pages.gate, pages.up),
         out=workspace.hidden,
+        tiles=tiles and tiles.gate_up,
+        implementation=implementation,
     )
     if pages is not None:
         down_ranks = shrink(
@@ -206,6 +241,8 @@ def moe_experts(
             pairs=pairs,
             tile_rows=rows,
             out=workspace.down_ranks,
+            tiles=tiles and tiles.down_shrink,
+            implementation=implementation,
         )
     expert_out = down(
         hidden,
@@ -216,9 +253,20 @@ def moe_experts(
         tile_rows=rows,
         rank_activations=down_ranks,
         site=None if pages is None else pages.down,
+        dtype=x.dtype,
         out=workspace.expert_out,
+        tiles=tiles and tiles.down,
+        implementation=implementation,
     )
-    return combine(expert_out, weights, sort, scaling=config.routed_scaling, dtype=x.dtype)
+    return combine(
+        expert_out,
+        weights,
+        sort,
+        scaling=config.routed_scaling,
+        dtype=x.dtype,
+        out=out,
+        implementation=implementation,
+    )
 
 
 class MoeLoraLayer(nnx.Module):

@@ -17,6 +17,10 @@ ROOT = Path(__file__).resolve().parent.parent
 # Mixing dtypes without saying so is an error.
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 
+# Compiling is most of the time that the tests take: workers and later runs share what was compiled.
+jax.config.update("jax_compilation_cache_dir", str(ROOT / ".cache" / "test-programs"))
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
+
 # One compilation may take seconds, so there is no deadline. CI draws the same examples every time.
 hypothesis.settings.register_profile(
     "local",

@@ -1,0 +1,106 @@
+"""``moelora generate``."""
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from moelora_jax.cli.loading import Job, prepare
+from moelora_jax.cli.options import (
+    AdaptersOption,
+    DtypeOption,
+    InputOption,
+    MaxAdaptersOption,
+    MaxBatchRowsOption,
+    MaxBatchTokensOption,
+    ModelOption,
+)
+from moelora_jax.cli.output import check_output, new_file, stderr
+from moelora_jax.engine.llm import Completion
+from moelora_jax.engine.sampling import Sampling
+
+_SAMPLING = "Sampling"
+
+
+def generate(
+    model: ModelOption,
+    rows: InputOption,
+    adapter: AdaptersOption = None,
+    output: Annotated[
+        Path | None,
+        typer.Option(metavar="OUT.jsonl", help="Where to write the rows, instead of stdout."),
+    ] = None,
+    max_new_tokens: Annotated[
+        int, typer.Option(min=1, help="Tokens to generate for each row, at most.")
+    ] = 16,
+    dtype: DtypeOption = None,
+    temperature: Annotated[
+        float,
+        typer.Option(rich_help_panel=_SAMPLING, help="0 takes the most probable token."),
+    ] = 0.0,
+    top_k: Annotated[
+        int,
+        typer.Option(
+            rich_help_panel=_SAMPLING, help="Sample among this many best tokens; 0 means all."
+        ),
+    ] = 0,
+    top_p: Annotated[
+        float,
+        typer.Option(
+            rich_help_panel=_SAMPLING,
+            help="Sample among the best tokens that together have this probability.",
+        ),
+    ] = 1.0,
+    seed: Annotated[
+        int,
+        typer.Option(
+            rich_help_panel=_SAMPLING,
+            help="The same seed, prompt and adapter give the same tokens in any batch.",
+        ),
+    ] = 0,
+    max_adapters: MaxAdaptersOption = None,
+    max_batch_rows: MaxBatchRowsOption = 64,
+    max_batch_tokens: MaxBatchTokensOption = 2048,
+) -> None:
+    """Continue every row, each with its own adapter.
+
+    Writes one JSON object per row, in the order of the input: "adapter", the new "tokens",
+    "finish_reason" ("length" or "stop"), and "text" if the model's folder has a tokenizer.json.
+    """
+    sampling = Sampling(temperature=temperature, top_k=top_k, top_p=top_p, seed=seed)
+    if output is not None:
+        check_output(output)
+    job = prepare(
+        ["prefill", "decode"],
+        model=model,
+        adapters=adapter or [],
+        rows=rows,
+        dtype=dtype,
+        max_new_tokens=max_new_tokens,
+        max_adapters=max_adapters,
+        max_batch_rows=max_batch_rows,
+        max_batch_tokens=max_batch_tokens,
+    )
+    with stderr().status("Generating"):
+        completions = job.llm.generate(
+            job.prompts, max_new_tokens=max_new_tokens, sampling=sampling
+        )
+    lines = "".join(_line(job, completion) for completion in completions)
+    if output is None:
+        typer.echo(lines, nl=False)
+    else:
+        with new_file(output) as new:
+            new.write_text(lines, encoding="utf-8")
+    stderr().print(f"Continued {job.summary}", soft_wrap=True)
+
+
+def _line(job: Job, completion: Completion) -> str:
+    row = {
+        "adapter": completion.adapter,
+        "tokens": list(completion.tokens),
+        "finish_reason": completion.finish_reason,
+    }
+    if job.tokenizer is not None:
+        row["text"] = job.tokenizer.decode(list(completion.tokens))
+    return json.dumps(row, ensure_ascii=False) + "\n"

@@ -1,0 +1,104 @@
+"""Static sizes derived from what is to be run, so that no one has to choose them."""
+
+from collections.abc import Collection, Sequence
+
+from moelora_jax.adapters.adapter import Adapter
+from moelora_jax.config import (
+    BucketConfig,
+    CacheConfig,
+    LoraConfig,
+    LoraSite,
+    ModelConfig,
+    RuntimeConfig,
+    pages_of_rank,
+)
+from moelora_jax.engine.llm import Prompt
+from moelora_kernels.types import PAGE_ROWS
+
+
+def derive_runtime(
+    model: ModelConfig,
+    adapters: Collection[Adapter],
+    prompts: Sequence[Prompt],
+    *,
+    max_new_tokens: int = 0,
+    max_adapters: int | None = None,
+    max_batch_rows: int,
+    max_batch_tokens: int,
+) -> RuntimeConfig:
+    """The smallest sizes that hold some adapters and prompts, with one bucket of each kind.
+
+    Args:
+        model: the base model.
+        adapters: all that will be loaded.
+        prompts: all that will be run.
+        max_new_tokens: to be generated for each of them.
+        max_adapters: on the device at once; all unless given.
+        max_batch_rows: rows that run at once, at most.
+        max_batch_tokens: prompt tokens that run at once, at most.
+    """
+    lengths = [len(prompt.tokens) for prompt in prompts]
+    rows = min(max_batch_rows, _power_of_two(len(lengths)))
+    tokens = min(max_batch_tokens, max(16, _power_of_two(sum(lengths))))
+    return RuntimeConfig(
+        lora=derive_lora(model.lora_sites(), adapters, max_adapters),
+        buckets=BucketConfig(decode=(rows,), prefill=(tokens,)),
+        cache=CacheConfig(max_length=max(lengths) + max_new_tokens),
+    )
+
+
+def derive_lora(
+    sites: Sequence[LoraSite], adapters: Collection[Adapter], max_adapters: int | None = None
+) -> LoraConfig:
+    """The smallest limits with room for all adapters, or for any ``max_adapters`` of them.
+
+    Sites that no adapter changes get no pages at all.
+    """
+    used = {target.site for adapter in adapters for target in adapter.updates}
+    if any(site.name in used and site.num_experts for site in sites):
+        used |= {site.name for site in sites if site.num_experts}
+    enabled = [site for site in sites if site.name in used]
+
+    slots = max(1, min(len(adapters), max_adapters or len(adapters)))
+    counts = [count_pages(adapter, enabled) for adapter in adapters]
+    pages_per_factor = 1
+    for width, factors in _factors(enabled).items():
+        largest = sorted((count.get(width, 0) for count in counts), reverse=True)[:slots]
+        pages_per_factor = max(pages_per_factor, -(-sum(largest) // factors))
+    return LoraConfig(
+        max_adapters=slots,
+        max_rank=max((adapter.max_rank for adapter in adapters), default=1),
+        pool_rank=-(-pages_per_factor // slots) * PAGE_ROWS,
+        sites=tuple(site.name for site in enabled),
+    )
+
+
+def count_pages(adapter: Adapter, sites: Sequence[LoraSite]) -> dict[int, int]:
+    """Pages that an adapter takes in the pool of each width; a shared factor takes them once."""
+    site_of_name = {site.name: site for site in sites}
+    counts = dict.fromkeys(_factors(sites), 0)
+    seen: set[tuple[str, int]] = set()
+    for target, update in adapter.updates.items():
+        site = site_of_name[target.site]
+        for side, factor, width in (
+            ("A", update.a, site.in_features),
+            ("B", update.b, site.out_features),
+        ):
+            if (side, id(factor)) not in seen:
+                seen.add((side, id(factor)))
+                counts[width] += pages_of_rank(update.rank)
+    return counts
+
+
+def _factors(sites: Sequence[LoraSite]) -> dict[int, int]:
+    """Factors of each width in an adapter that changes everything."""
+    factors: dict[int, int] = {}
+    for site in sites:
+        for width in (site.in_features, site.out_features):
+            factors[width] = factors.get(width, 0) + len(site.layers) * site.table_experts
+    return factors
+
+
+def _power_of_two(number: int) -> int:
+    """The smallest power of two that is not below ``number``."""
+    return 1 << (number - 1).bit_length()

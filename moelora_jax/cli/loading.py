@@ -1,0 +1,83 @@
+"""From the options of a command to a model that is ready to run its rows."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from tokenizers import Tokenizer
+
+from moelora_jax.adapters.reader import read_adapter
+from moelora_jax.buckets import Kind, program_keys
+from moelora_jax.cli.limits import derive_runtime
+from moelora_jax.cli.options import Dtype, parse_adapters
+from moelora_jax.cli.output import progress_bar
+from moelora_jax.cli.rows import read_rows, read_tokenizer
+from moelora_jax.engine.llm import LLM, Prompt
+from moelora_jax.models import family_of
+from moelora_jax.models.checkpoint import read_config
+
+
+@dataclass(frozen=True, eq=False)
+class Job:
+    """A model with its adapters and compiled programs, and what to run on it."""
+
+    llm: LLM
+    prompts: list[Prompt]
+    tokenizer: Tokenizer | None
+
+    @property
+    def summary(self) -> str:
+        """How much there is to run."""
+        tokens = sum(len(prompt.tokens) for prompt in self.prompts)
+        adapters = len({prompt.adapter for prompt in self.prompts} - {None})
+        return f"{len(self.prompts)} rows, {tokens} tokens, {adapters} adapters"
+
+
+def prepare(
+    kinds: Sequence[Kind],
+    *,
+    model: Path,
+    adapters: Sequence[str],
+    rows: Path,
+    dtype: Dtype | None,
+    max_new_tokens: int = 0,
+    max_adapters: int | None,
+    max_batch_rows: int,
+    max_batch_tokens: int,
+) -> Job:
+    """Read and check everything, the cheapest first, then load the model and compile.
+
+    Raises:
+        MoeLoraError: anything is wrong with the files; nothing was run.
+    """
+    folders = parse_adapters(adapters)
+    raw = read_config(model)
+    family = family_of(raw)
+    config = family.read_config(raw)
+    tokenizer = read_tokenizer(model)
+    prompts = read_rows(rows, config, folders, tokenizer, max_new_tokens=max_new_tokens)
+
+    loaded = {}
+    with progress_bar("Reading adapters") as bar:
+        for name, folder in bar.track(folders.items()):
+            loaded[name] = read_adapter(
+                folder, config.lora_sites(), module_names=family.module_names
+            )
+    runtime = derive_runtime(
+        config,
+        loaded.values(),
+        prompts,
+        max_new_tokens=max_new_tokens,
+        max_adapters=max_adapters,
+        max_batch_rows=max_batch_rows,
+        max_batch_tokens=max_batch_tokens,
+    )
+    llm = LLM.load(
+        model, runtime=runtime, dtype=None if dtype is None else dtype.numpy, progress=True
+    )
+    for name in list(loaded):
+        llm.load_adapter(name, loaded.pop(name))
+    needs_lora = any(prompt.adapter is not None for prompt in prompts)
+    keys = [key for key in program_keys(runtime.buckets, kinds) if key.lora == needs_lora]
+    llm.runner.programs.compile(keys, progress=True)
+    return Job(llm, prompts, tokenizer)

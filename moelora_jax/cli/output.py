@@ -1,0 +1,69 @@
+"""Where commands print and write."""
+
+import os
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+from moelora_jax.errors import RequestError
+
+
+def stdout() -> Console:
+    """Where results go. Made anew for each use, because tests replace the stream."""
+    return Console(highlight=False)
+
+
+def stderr() -> Console:
+    """Where progress goes."""
+    return Console(stderr=True, highlight=False)
+
+
+def progress_bar(description: str) -> Progress:
+    """A progress bar on stderr that counts things."""
+    return Progress(
+        TextColumn(description),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        console=stderr(),
+    )
+
+
+def check_output(path: Path) -> None:
+    """Refuse, before any work, a file that cannot be written at the end.
+
+    Raises:
+        RequestError: it is a folder, or its folder is missing or not writable.
+    """
+    folder = path.absolute().parent
+    if path.is_dir():
+        raise RequestError(f"{path}: is a folder; name a file to write")
+    if not folder.is_dir():
+        raise RequestError(f"{path}: there is no folder {folder}")
+    if not os.access(folder, os.W_OK):
+        raise RequestError(f"{path}: the folder {folder} is not writable")
+
+
+@contextmanager
+def new_file(path: Path) -> Iterator[Path]:
+    """A file to write, which takes the name ``path`` if the block succeeds."""
+    path = path.absolute()
+    # Beside it, as only a rename within one file system is atomic.
+    with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as temporary:
+        new = Path(temporary, path.name)
+        yield new
+        new.replace(path)
+
+
+def format_bytes(count: int) -> str:
+    """``1.5 MB``."""
+    size = float(count)
+    for unit in ("B", "kB", "MB", "GB"):
+        if size < 1000:
+            return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
+        size /= 1000
+    return f"{size:.1f} TB"
