@@ -13,9 +13,24 @@ from moelora_jax.adapters.module_names import QWEN3_MOE_NAMES, ModuleNames
 from moelora_jax.config import ModelConfig
 from moelora_jax.errors import CheckpointError
 from moelora_jax.models import qwen3_moe
-from moelora_jax.models.checkpoint import Parameter, load_parameters, read_config
+from moelora_jax.models.checkpoint import (
+    Parameter,
+    is_orbax,
+    load_orbax,
+    load_parameters,
+    read_config,
+    save_orbax,
+)
 
-__all__ = ["FAMILIES", "ModelFamily", "build_model", "family_of", "load_model", "model_arrays"]
+__all__ = [
+    "FAMILIES",
+    "ModelFamily",
+    "build_model",
+    "convert_checkpoint",
+    "family_of",
+    "load_model",
+    "model_arrays",
+]
 
 
 @dataclass(frozen=True)
@@ -69,11 +84,12 @@ def family_of(raw: Mapping[str, Any]) -> ModelFamily:
 def load_model(
     folder: str | Path, dtype: DTypeLike, *, progress: bool = False
 ) -> tuple[nnx.Module, ModelConfig, ModelFamily]:
-    """Read a checkpoint folder of transformers.
+    """Read a checkpoint folder: one of transformers, or a copy that was converted from one.
 
     Args:
-        folder: config.json and safetensors, sharded or not.
-        dtype: compute dtype; parameters are rounded to it.
+        folder: config.json and safetensors, sharded or not; or what :func:`convert_checkpoint`
+            wrote.
+        dtype: compute dtype; parameters of transformers are rounded to it, converted ones have it.
         progress: show a progress bar.
 
     Raises:
@@ -82,13 +98,33 @@ def load_model(
     raw = read_config(folder)
     family = family_of(raw)
     config = family.read_config(raw)
-    ignored = list(family.ignored_tensors)
-    if config.tie_embeddings:
-        ignored.append("lm_head.weight")
-    arrays = load_parameters(
-        folder, family.parameters(config), dtype, ignore=ignored, progress=progress
-    )
+    parameters = family.parameters(config)
+    if is_orbax(folder):
+        arrays = load_orbax(folder, parameters, dtype)
+    else:
+        ignored = list(family.ignored_tensors)
+        if config.tie_embeddings:
+            ignored.append("lm_head.weight")
+        arrays = load_parameters(folder, parameters, dtype, ignore=ignored, progress=progress)
     return build_model(family, config, arrays, dtype), config, family
+
+
+def convert_checkpoint(
+    source: str | Path, destination: str | Path, dtype: DTypeLike, *, progress: bool = False
+) -> None:
+    """Write a copy of a checkpoint in the stacked form that the models use, which loads faster.
+
+    Args:
+        source: a checkpoint folder of transformers.
+        destination: a folder that does not exist yet; :func:`load_model` reads it.
+        dtype: compute dtype.
+        progress: show a progress bar.
+
+    Raises:
+        CheckpointError: the source cannot be read, or the destination exists.
+    """
+    model, _, _ = load_model(source, dtype, progress=progress)
+    save_orbax(destination, model_arrays(model), read_config(source))
 
 
 def build_model(

@@ -288,6 +288,11 @@ def save_orbax(
             checkpointer.save(new / _ORBAX, dict(arrays))
 
 
+def is_orbax(folder: str | Path) -> bool:
+    """Whether :func:`save_orbax` wrote the folder."""
+    return (Path(folder) / _ORBAX).is_dir()
+
+
 def load_orbax(
     folder: str | Path, parameters: Mapping[str, Parameter], dtype: DTypeLike
 ) -> dict[str, jax.Array]:

@@ -1,0 +1,97 @@
+"""Sampling on the device, against distributions computed in NumPy."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from moelora_jax import RequestError, Sampling
+from moelora_jax.engine.sampling import sample
+
+DRAWS = 4000
+run = jax.jit(sample)
+
+
+def draw(
+    logits: list[float], *, temperature: float, top_k: int = 0, top_p: float = 1.0
+) -> np.ndarray:
+    """Relative frequency of each token over many seeds."""
+    tokens = run(
+        jnp.tile(jnp.asarray(logits, jnp.float32), (DRAWS, 1)),
+        jnp.full(DRAWS, temperature, jnp.float32),
+        jnp.full(DRAWS, top_k, jnp.int32),
+        jnp.full(DRAWS, top_p, jnp.float32),
+        jnp.arange(DRAWS, dtype=jnp.int32),
+        jnp.full(DRAWS, 5, jnp.int32),
+    )
+    return np.bincount(np.asarray(tokens), minlength=len(logits)) / DRAWS
+
+
+def softmax(values: np.ndarray) -> np.ndarray:
+    weights = np.exp(values - values.max())
+    return weights / weights.sum()
+
+
+LOGITS = [0.5, 2.0, -1.0, 1.5, 0.0]
+# Four standard deviations of a frequency of one half.
+NOISE = 4 * 0.5 / np.sqrt(DRAWS)
+
+
+def test_frequencies_follow_the_temperature() -> None:
+    for temperature in (0.5, 1.0, 3.0):
+        expected = softmax(np.array(LOGITS) / temperature)
+        np.testing.assert_allclose(draw(LOGITS, temperature=temperature), expected, atol=NOISE)
+
+
+def test_top_k_keeps_the_most_probable() -> None:
+    expected = np.where(np.isin(np.arange(5), (1, 3)), softmax(np.array(LOGITS)), 0)
+    actual = draw(LOGITS, temperature=1.0, top_k=2)
+    np.testing.assert_allclose(actual, expected / expected.sum(), atol=NOISE)
+    assert draw(LOGITS, temperature=1.0, top_k=1)[1] == 1.0
+    assert (draw(LOGITS, temperature=5.0, top_k=99) > 0).all()
+
+
+def test_top_p_keeps_the_fewest_tokens_that_have_the_mass() -> None:
+    probability = softmax(np.array(LOGITS))
+    assert probability[1] < 0.6 < probability[1] + probability[3]
+    actual = draw(LOGITS, temperature=1.0, top_p=0.6)
+    expected = np.where(np.isin(np.arange(5), (1, 3)), probability, 0)
+    np.testing.assert_allclose(actual, expected / expected.sum(), atol=NOISE)
+    assert draw(LOGITS, temperature=1.0, top_p=1e-6)[1] == 1.0
+
+
+def test_top_p_applies_to_what_top_k_left() -> None:
+    # Of the two tokens that top_k leaves, the first alone has more than half.
+    actual = draw(LOGITS, temperature=1.0, top_k=2, top_p=0.55)
+    assert actual[1] == 1.0
+
+
+def test_greedy_rows_beside_sampled_ones() -> None:
+    logits = jnp.asarray([LOGITS, LOGITS], jnp.float32)
+    for seed in range(20):
+        tokens = run(
+            logits,
+            jnp.asarray([0.0, 9.0], jnp.float32),
+            jnp.zeros(2, jnp.int32),
+            jnp.ones(2, jnp.float32),
+            jnp.full(2, seed, jnp.int32),
+            jnp.zeros(2, jnp.int32),
+        )
+        assert tokens[0] == 1
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"temperature": -0.1}, "temperature"),
+        ({"temperature": float("nan")}, "temperature"),
+        ({"top_k": -1}, "top_k"),
+        ({"top_p": 0.0}, "top_p"),
+        ({"top_p": 1.1}, "top_p"),
+        ({"seed": -1}, "seed"),
+        ({"seed": 2**31}, "seed"),
+    ],
+)
+def test_bad_options_are_refused(options: dict[str, float], message: str) -> None:
+    with pytest.raises(RequestError, match=message):
+        Sampling(**options)  # type: ignore[arg-type]
