@@ -10,6 +10,7 @@ from jax import Array
 from jaxtyping import Float, Int32
 
 from moelora_kernels.attention import reference
+from moelora_kernels.backend import Implementation, choose
 from moelora_kernels.buffers import result
 from moelora_kernels.tiles import group_tiles
 from moelora_kernels.types import Buffer
@@ -25,7 +26,9 @@ def query_tiles(
         tokens: tokens of the bucket.
         tile_rows: tokens of a full tile.
     """
-    num_tiles = tokens // tile_rows + min(tokens, query_counts.shape[0])
+    # Worst case: every sequence has one token more than full tiles.
+    sequences = min(tokens, query_counts.shape[0])
+    num_tiles = (tokens + sequences * (tile_rows - 1)) // tile_rows
     return jnp.stack(group_tiles(query_counts, tile_rows, num_tiles), axis=1)
 
 
@@ -60,6 +63,7 @@ def paged_attention(
     tile_rows: int,
     scale: float,
     out: Buffer | None = None,
+    implementation: Implementation | None = None,
 ) -> Buffer:
     """Attention of packed queries to the cached positions of their own sequence, up to their own.
 
@@ -76,6 +80,7 @@ def paged_attention(
         tile_rows: what the tiles were made with.
         scale: factor on the scores.
         out: ``[>= tokens, heads, head_dim]`` in the dtype of ``queries``.
+        implementation: None chooses by the default device.
 
     Returns:
         ``[tokens, heads, head_dim]``; not defined for tokens in no tile.
@@ -83,6 +88,21 @@ def paged_attention(
     if queries.shape[1] % k_cache.shape[3]:
         raise ValueError(
             f"{queries.shape[1]} query heads cannot be grouped over {k_cache.shape[3]} key heads"
+        )
+    if choose(implementation) == "triton":
+        from moelora_kernels.attention import triton
+
+        return triton.paged_attention(
+            queries,
+            k_cache,
+            v_cache,
+            layer,
+            block_table,
+            positions,
+            tiles,
+            tile_rows=tile_rows,
+            scale=scale,
+            out=out,
         )
     value = reference.paged_attention(
         queries, k_cache, v_cache, layer, block_table, positions, tiles, tile_rows, scale

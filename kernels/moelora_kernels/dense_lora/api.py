@@ -3,8 +3,10 @@
 from jax import Array
 from jaxtyping import Float, Int32
 
+from moelora_kernels.backend import Implementation, choose
 from moelora_kernels.buffers import result
 from moelora_kernels.dense_lora import reference
+from moelora_kernels.tuning.tiles import dense_tiles
 from moelora_kernels.types import Buffer, SitePages, TokenSort
 
 
@@ -17,6 +19,7 @@ def dense_lora(
     *,
     tile_rows: int,
     out: Buffer | None = None,
+    implementation: Implementation | None = None,
 ) -> Buffer:
     """Add each token's own update to a linear layer's output: ``y + scaling · B · (A · x)``.
 
@@ -29,10 +32,26 @@ def dense_lora(
         layer: row of the page table.
         tile_rows: what the sort was made with.
         out: ``[>= tokens, out]`` in the dtype of ``y``.
+        implementation: None chooses by the default device.
 
     Returns:
         ``[tokens, out]`` in the dtype of ``y``.
     """
     if pages.table.shape[4] != 1:
         raise ValueError(f"a dense site has one expert in its table, not {pages.table.shape[4]}")
+    if choose(implementation) == "triton":
+        from moelora_kernels.dense_lora import triton
+
+        shrink_tiles, tiles = dense_tiles(x.shape[0], x.dtype)
+        return triton.dense_lora(
+            x,
+            y,
+            pages,
+            sort,
+            layer,
+            tile_rows=tile_rows,
+            shrink_tiles=shrink_tiles,
+            tiles=tiles,
+            out=out,
+        )
     return result(out, reference.dense_lora(x, y, pages, sort, layer, tile_rows))

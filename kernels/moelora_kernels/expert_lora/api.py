@@ -13,11 +13,15 @@ compute dtype. A row without an adapter takes exactly the path of the base model
 from collections.abc import Sequence
 from typing import Literal
 
+import jax.numpy as jnp
 from jax import Array
+from jax.typing import DTypeLike
 from jaxtyping import Float, Int32
 
+from moelora_kernels.backend import Implementation, choose
 from moelora_kernels.buffers import read, result
 from moelora_kernels.expert_lora import reference
+from moelora_kernels.tuning.tiles import GemmTiles, MoeTiles, ShrinkTiles, float32_rule, rule
 from moelora_kernels.types import Buffer, SitePages, TokenSort
 
 Activation = Literal["silu", "clamped_swiglu"]
@@ -33,6 +37,8 @@ def shrink(
     tile_rows: int,
     top_k: int | None = None,
     out: Buffer | None = None,
+    tiles: ShrinkTiles | None = None,
+    implementation: Implementation | None = None,
 ) -> Buffer:
     """Rank activations: ``scaling · (A · x)`` of every row's own adapter.
 
@@ -40,12 +46,14 @@ def shrink(
         x: with ``top_k``, hidden states of tokens ``[tokens, in]``; without, sorted rows ``[pairs,
             in]``.
         sort: the token sort.
-        sites: sites that read the same ``x``, of equal ``max_rank``.
+        sites: one or two sites that read the same ``x``, of equal ``max_rank``.
         layer: row of the page tables.
         pairs: rows of this batch, ``tokens * top_k``.
         tile_rows: what the sort was made with.
         top_k: choices per token, where ``x`` has one row per token.
-        out: ``[sites, >= pairs, max_rank]`` in the dtype of ``x``.
+        out: ``[sites, >= pairs, >= max_rank]`` in the dtype of ``x``.
+        tiles: launch parameters of the Triton kernel; None chooses by a rule.
+        implementation: None chooses by the default device.
 
     Returns:
         ``[sites, pairs, max_rank]`` in sorted order. Rows without an adapter, and rank columns past
@@ -53,6 +61,20 @@ def shrink(
     """
     if len({site.max_rank for site in sites}) != 1:
         raise ValueError(f"sites of one shrink differ in max_rank: {[s.max_rank for s in sites]}")
+    if choose(implementation) == "triton":
+        from moelora_kernels.expert_lora import triton
+
+        experts = sites[0].table.shape[4]
+        return triton.shrink(
+            x,
+            sort,
+            sites,
+            layer,
+            pairs=pairs,
+            top_k=top_k,
+            tiles=tiles or _rule(x, pairs / experts).gate_up_shrink,
+            out=out,
+        )
     rows = read(x, pairs) if top_k is None else reference.gather_rows(x, sort, pairs, top_k)
     return result(out, reference.shrink(rows, sort, sites, layer, tile_rows))
 
@@ -70,6 +92,8 @@ def gate_up(
     rank_activations: Buffer | None = None,
     sites: tuple[SitePages, SitePages] | None = None,
     out: Buffer | None = None,
+    tiles: GemmTiles | None = None,
+    implementation: Implementation | None = None,
 ) -> Buffer:
     """Gate and up projections of every pair, LoRA added, and the gated activation.
 
@@ -87,12 +111,31 @@ def gate_up(
             model.
         sites: pages of gate and up; needed with ``rank_activations``.
         out: ``[>= pairs, intermediate]`` in the dtype of ``x``.
+        tiles: launch parameters of the Triton kernel; None chooses by a rule.
+        implementation: None chooses by the default device.
 
     Returns:
         ``[pairs, intermediate]`` in sorted order; rows past the last real pair are not defined.
     """
     _require_together(rank_activations, sites)
     pairs = x.shape[0] * top_k
+    if choose(implementation) == "triton":
+        from moelora_kernels.expert_lora import triton
+
+        return triton.gate_up(
+            x,
+            weight,
+            bias,
+            sort,
+            layer,
+            top_k=top_k,
+            tile_rows=tile_rows,
+            activation=activation,
+            rank_activations=rank_activations,
+            sites=sites,
+            tiles=tiles or _rule(x, pairs / weight.shape[1]).gate_up,
+            out=out,
+        )
     rows = reference.gather_rows(x, sort, pairs, top_k)
     ranks = None if rank_activations is None else read(rank_activations)[:, :pairs]
     value = reference.gate_up(
@@ -112,7 +155,10 @@ def down(
     bias: Float[Array, "layers experts hidden"] | None = None,
     rank_activations: Buffer | None = None,
     site: SitePages | None = None,
+    dtype: DTypeLike = jnp.float32,
     out: Buffer | None = None,
+    tiles: GemmTiles | None = None,
+    implementation: Implementation | None = None,
 ) -> Buffer:
     """Down projection of every pair, LoRA added.
 
@@ -126,17 +172,43 @@ def down(
         bias: added to every pair's output.
         rank_activations: ``[1, >= pairs, max_rank]`` from :func:`shrink` of ``hidden``, or None.
         site: pages of down; needed with ``rank_activations``.
-        out: float32 ``[>= pairs, hidden]``.
+        dtype: of the result. At thousands of tokens, writing and reading it takes as long in
+            float32 as a third of the layer's products.
+        out: ``[>= pairs, hidden]`` of that dtype.
+        tiles: launch parameters of the Triton kernel; None chooses by a rule.
+        implementation: None chooses by the default device.
 
     Returns:
-        float32 ``[pairs, hidden]`` in sorted order; rows past the last real pair are not defined.
+        ``[pairs, hidden]`` in sorted order; rows past the last real pair are not defined.
     """
     _require_together(rank_activations, site)
+    if choose(implementation) == "triton":
+        from moelora_kernels.expert_lora import triton
+
+        return triton.down(
+            hidden,
+            weight,
+            bias,
+            sort,
+            layer,
+            pairs=pairs,
+            tile_rows=tile_rows,
+            rank_activations=rank_activations,
+            site=site,
+            dtype=dtype,
+            tiles=tiles or _rule(hidden, pairs / weight.shape[1]).down,
+            out=out,
+        )
     ranks = None if rank_activations is None else read(rank_activations)[:, :pairs]
     rows = read(hidden, pairs)
-    return result(out, reference.down(rows, weight, bias, sort, layer, ranks, site, tile_rows))
+    value = reference.down(rows, weight, bias, sort, layer, ranks, site, tile_rows)
+    return result(out, value.astype(dtype))
 
 
 def _require_together(rank_activations: Buffer | None, pages: object | None) -> None:
     if (rank_activations is None) != (pages is None):
         raise ValueError("rank activations and pages must be given together")
+
+
+def _rule(x: Buffer, rows_per_expert: float) -> MoeTiles:
+    return float32_rule(rows_per_expert) if x.dtype == jnp.float32 else rule(rows_per_expert)

@@ -6,6 +6,7 @@ import jax
 from jax import Array
 from jaxtyping import Int32
 
+from moelora_kernels.backend import Implementation, choose
 from moelora_kernels.buffers import result
 from moelora_kernels.sort import reference
 from moelora_kernels.types import TokenSort
@@ -22,7 +23,7 @@ def token_sort_shapes(
     pairs = tokens * top_k
     expert_tiles = pairs // tile_rows + min(pairs, num_experts)
     run_tiles = pairs // tile_rows + min(pairs, num_experts * num_adapters) if num_adapters else 0
-    shapes = ((pairs,), (pairs,), (expert_tiles, 3), (run_tiles, 4))
+    shapes = ((pairs,), (pairs,), (expert_tiles, 3), (run_tiles, 4), (pairs,))
     arrays: Any = (jax.ShapeDtypeStruct(shape, "int32") for shape in shapes)
     return TokenSort(*arrays)
 
@@ -36,6 +37,7 @@ def sort_tokens(
     num_adapters: int,
     tile_rows: int,
     out: TokenSort | None = None,
+    implementation: Implementation | None = None,
 ) -> TokenSort:
     """Sort pairs by (expert, adapter), stably, and cut the rows into tiles.
 
@@ -48,6 +50,7 @@ def sort_tokens(
         num_adapters: adapter slots; 0 is allowed.
         tile_rows: rows of a full tile.
         out: references to write, at least as large as :func:`token_sort_shapes` says.
+        implementation: None chooses by the default device.
 
     Returns:
         The sort; see :class:`TokenSort`. With ``out``, its references.
@@ -57,9 +60,27 @@ def sort_tokens(
     shapes = token_sort_shapes(
         *experts.shape, num_experts=num_experts, num_adapters=num_adapters, tile_rows=tile_rows
     )
+    for name in shapes._fields if out is not None else ():
+        have, need = getattr(out, name), getattr(shapes, name)
+        if have is not None and any(h < n for h, n in zip(have.shape, need.shape, strict=True)):
+            raise ValueError(f"out.{name} has shape {have.shape}, too small for {need.shape}")
+    if choose(implementation) == "triton":
+        from moelora_kernels.sort import triton
+
+        return triton.sort_tokens(
+            experts,
+            adapter_of_token,
+            num_tokens,
+            num_experts=num_experts,
+            num_adapters=num_adapters,
+            tile_rows=tile_rows,
+            shapes=shapes,
+            out=out,
+        )
     # The maps fill the whole workspace, so that no entry of an earlier, larger batch is left in
     # them.
     sizes = shapes if out is None else out
+    run_tiles = shapes.run_tiles if sizes.run_tiles is None else sizes.run_tiles
     values = reference.sort_tokens(
         experts,
         adapter_of_token,
@@ -68,7 +89,7 @@ def sort_tokens(
         num_adapters=num_adapters,
         tile_rows=tile_rows,
         num_expert_tiles=sizes.expert_tiles.shape[0],
-        num_run_tiles=sizes.run_tiles.shape[0],
+        num_run_tiles=run_tiles.shape[0],
     )
     if out is None:
         return TokenSort(*values)

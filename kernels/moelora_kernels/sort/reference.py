@@ -16,7 +16,7 @@ def sort_tokens(
     tile_rows: int,
     num_expert_tiles: int,
     num_run_tiles: int,
-) -> tuple[Array, Array, Array, Array]:
+) -> tuple[Array, Array, Array, Array, Array]:
     """See :func:`moelora_kernels.sort_tokens`."""
     tokens, top_k = experts.shape
     pairs = tokens * top_k
@@ -33,6 +33,7 @@ def sort_tokens(
     row = jnp.arange(pairs, dtype=jnp.int32)
     row_of_pair = jnp.zeros(pairs, jnp.int32).at[order].set(row)
     num_rows = num_tokens * top_k
+    group_of_row = jnp.where(row < num_rows, group[order], -1)
     order = jnp.where(row < num_rows, order, -1)
     row_of_pair = jnp.where(row_of_pair < num_rows, row_of_pair, -1)
 
@@ -41,7 +42,7 @@ def sort_tokens(
     expert_tiles = group_tiles(by_expert.sum(axis=1, dtype=jnp.int32), tile_rows, num_expert_tiles)
 
     run_tiles = _run_tiles(by_expert, tile_rows, num_run_tiles)
-    return order, row_of_pair, jnp.stack(expert_tiles, axis=1), run_tiles
+    return order, row_of_pair, jnp.stack(expert_tiles, axis=1), run_tiles, group_of_row
 
 
 def _run_tiles(by_expert: Array, tile_rows: int, num_tiles: int) -> Array:

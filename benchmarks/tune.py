@@ -1,0 +1,295 @@
+"""Measures tile sizes on the GPU at hand and writes the table that ships with the kernels.
+
+    python -m benchmarks.tune --model qwen3-30b-a3b --tokens 1,8,32,128,512,4096 --workers 4
+
+Every candidate of every kernel is compiled into one program per tile height, which is traced by the
+profiler: kernel durations, without gaps. Results are added to the table as each point is done, and points
+that it has are skipped, so an interrupted run can be continued.
+"""
+
+import argparse
+import fcntl
+import itertools
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_gpu_enable_command_buffer="
+
+import jax
+import jax.numpy as jnp
+import moelora_kernels
+from moelora_kernels import backend, down, gate_up, shrink, sort_tokens
+from moelora_kernels.tuning.tiles import GemmTiles, MoeTiles, ShrinkTiles
+
+from benchmarks.workload import MODELS, Point, Workload, auto_adapters
+
+FOLDER = Path(moelora_kernels.__file__).parent / "tuning"
+LAYERS, CALLS = 2, 2
+#: Bytes of shared memory that one program may use, less what the compiler adds.
+SHARED_MEMORY = 220 * 1024
+
+
+def table_path() -> Path:
+    return FOLDER / (jax.devices()[0].device_kind.lower().replace(" ", "_") + ".json")
+
+
+def tile_heights(rows_per_expert: float) -> list[int]:
+    if rows_per_expert <= 16:
+        return [16]
+    if rows_per_expert <= 48:
+        return [16, 32, 64]
+    return [64, 128]
+
+
+def gemm_candidates(tile_rows: int, halves: int, tokens: int) -> list[GemmTiles]:
+    """Tiles for a product with ``halves`` weight matrices, that fit into shared memory."""
+    sizes: Any
+    if tile_rows <= 16:
+        blocks = (16, 32, 64) if halves == 2 else (16, 32, 64, 128)
+        sizes = itertools.product(blocks, (128, 256), (4,), (3, 4))
+    elif tile_rows <= 32:
+        sizes = itertools.product((32, 64, 128), (64, 128), (4,), (3, 4))
+    else:
+        blocks = (64, 128) if halves == 2 else (64, 128, 256)
+        sizes = itertools.product(blocks, (64,), (4, 8), (3, 4))
+    stacks = (4,) if tokens < 128 else (4, 8)
+    return [
+        GemmTiles(block_n, block_k, num_warps, num_stages, stack)
+        for (block_n, block_k, num_warps, num_stages), stack in itertools.product(sizes, stacks)
+        if 16 * 1024
+        <= num_stages * block_k * 2 * (max(tile_rows, 16) + halves * block_n)
+        <= SHARED_MEMORY
+        # Accumulators of more columns do not fit into the registers.
+        and max(tile_rows, 16) * block_n * halves <= 128 * 32 * num_warps
+    ]
+
+
+def shrink_candidates(rows_per_expert: float) -> list[ShrinkTiles]:
+    rows = [ShrinkTiles(block_k, warps, 1) for block_k in (256, 512) for warps in (2, 4)]
+    runs = [
+        ShrinkTiles(block_k, warps, stages, run_rows=16, slots=slots)
+        for block_k, warps, stages, slots in itertools.product((256,), (1, 2, 4), (1, 3), (2, 4, 8))
+    ]
+    if rows_per_expert < 4:
+        return rows
+    return rows + runs if rows_per_expert < 16 else runs
+
+
+def measure_height(work: Workload, tile_rows: int) -> dict[str, list[tuple[float, Any]]]:
+    """Microseconds with LoRA, plus those of the base model, and tiles of every candidate."""
+    point, config = work.point, work.point.config
+    pairs, rows = point.tokens * config.top_k, point.tokens * config.top_k / config.num_experts
+    shrinks = shrink_candidates(rows)
+    candidates = {
+        "gate_up_shrink": shrinks,
+        "down_shrink": shrinks,
+        "gate_up": gemm_candidates(tile_rows, 2, point.tokens),
+        "down": gemm_candidates(tile_rows, 1, point.tokens),
+    }
+    # What the trace will show, in order.
+    runs = [
+        (op, tiles, lora)
+        for op, group in candidates.items()
+        for tiles in group
+        for lora in ((True,) if op.endswith("shrink") else (True, False))
+        if lora or tiles.stack == 4
+    ]
+    gate, up, last = work.pages
+
+    def program(state: Any, x: Any, params: Any, pages: Any, experts: Any, adapters: Any) -> Any:
+        refs = jax.tree.map(jax.new_ref, state)
+        gate, up, last = pages
+        sort = sort_tokens(
+            experts,
+            adapters,
+            jnp.int32(point.tokens),
+            num_experts=config.num_experts,
+            num_adapters=point.adapters,
+            tile_rows=tile_rows,
+            out=refs.sort,
+        )
+        common = {"pairs": pairs, "tile_rows": tile_rows}
+        for op, tiles, lora in runs:
+            for layer in map(jnp.int32, range(LAYERS)):
+                if op == "gate_up_shrink":
+                    shrink(x, sort, (gate, up), layer, **common, top_k=config.top_k, tiles=tiles,
+                           out=refs.gate_up_ranks)  # fmt: skip
+                elif op == "down_shrink":
+                    shrink(refs.hidden, sort, (last,), layer, **common, tiles=tiles,
+                           out=refs.down_ranks)  # fmt: skip
+                elif op == "gate_up":
+                    gate_up(x, params.gate_up, sort, layer, top_k=config.top_k,
+                            tile_rows=tile_rows, activation=config.activation,
+                            rank_activations=refs.gate_up_ranks if lora else None,
+                            sites=(gate, up) if lora else None, tiles=tiles,
+                            out=refs.hidden)  # fmt: skip
+                else:
+                    down(refs.hidden, params.down, sort, layer, **common, dtype=jnp.bfloat16,
+                         rank_activations=refs.down_ranks if lora else None,
+                         site=last if lora else None, tiles=tiles, out=refs.expert_out)  # fmt: skip
+        return jax.tree.map(jax.freeze, refs)
+
+    compiled = jax.jit(program, donate_argnums=0)
+    arguments = (
+        work.x,
+        work.params,
+        (gate, up, last),
+        work.batches[0].experts,
+        jnp.asarray(work.adapter_of_token),
+    )
+    state = work.workspace(lora=True)
+    compiled = compiled.lower(state, *arguments).compile()
+    with turn():
+        state = jax.block_until_ready(compiled(state, *arguments))
+        durations = trace(lambda: jax.block_until_ready(compiled(state, *arguments)))
+    kernels = [us for name, us in durations if name.startswith(("shrink_", "gate_up", "down_"))]
+    assert len(kernels) == len(runs) * LAYERS, (len(kernels), len(runs), LAYERS)
+    base: dict[tuple[str, GemmTiles], float] = {}
+    with_lora = []
+    for index, (op, tiles, lora) in enumerate(runs):
+        us = statistics.median(kernels[index * LAYERS : (index + 1) * LAYERS])
+        if lora:
+            with_lora.append((op, tiles, us))
+        else:
+            base[op, tiles] = us
+    results: dict[str, list[Any]] = {op: [] for op in candidates}
+    for op, tiles, us in with_lora:
+        is_gemm = isinstance(tiles, GemmTiles)
+        base_us = base[op, replace(tiles, stack=4)] if is_gemm else 0.0
+        results[op].append((us, base_us, tiles))
+    return results
+
+
+def trace(run: Any) -> list[tuple[str, float]]:
+    """Names and microseconds of the kernels of a call, in order."""
+    with tempfile.TemporaryDirectory() as folder:
+        with jax.profiler.trace(folder):
+            run()
+        (file,) = Path(folder).rglob("*.xplane.pb")
+        data = jax.profiler.ProfileData.from_file(str(file))
+    events = [
+        (event.start_ns, event.name, event.duration_ns / 1000)
+        for plane in data.planes
+        if plane.name.startswith("/device:GPU")
+        for line in plane.lines
+        if line.name.startswith("Stream")
+        for event in line.events
+    ]
+    return [(name, us) for _, name, us in sorted(events)]
+
+
+@contextmanager
+def turn() -> Iterator[None]:
+    """One process at a time uses the device for timing."""
+    path = os.environ.get("TUNE_LOCK")
+    if path is None:
+        yield
+        return
+    with open(path, "w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def tune_point(point: Point) -> dict[str, Any]:
+    """The best tiles of one point, and what was measured."""
+    work = Workload(point, LAYERS)
+    rows = point.tokens * point.config.top_k / point.config.num_experts
+    best: tuple[float, Any] = (float("inf"), None)
+    report: dict[str, Any] = {}
+    for tile_rows in tile_heights(rows):
+        results = measure_height(work, tile_rows)
+        chosen = {
+            op: min(found, key=lambda result: result[0] + result[1])
+            for op, found in results.items()
+        }
+        total = sum(lora + base for lora, base, _ in chosen.values())
+        report[str(tile_rows)] = {
+            op: [
+                [round(lora, 2), round(base, 2), str(tiles)]
+                for lora, base, tiles in sorted(found, key=lambda result: result[0] + result[1])
+            ]
+            for op, found in results.items()
+        }
+        if total < best[0]:
+            tiles = MoeTiles(tile_rows, **{op: result[2] for op, result in chosen.items()})
+            best = (total, tiles)
+    config = point.config
+    return {
+        "shape": f"{config.num_experts}x{config.top_k}x{config.hidden_size}"
+        f"x{config.intermediate_size}",
+        "tokens": point.tokens,
+        "tiles": best[1].to_json(),
+        "report": report,
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--model", default=",".join(MODELS))
+    parser.add_argument("--tokens", default="1,8,32,128,512,4096")
+    parser.add_argument("--workers", type=int, default=1)
+    parser.add_argument("--table", type=Path, help="instead of the one that ships")
+    parser.add_argument("--report", type=Path, help="JSON of all that was measured")
+    parser.add_argument("--again", action="store_true", help="also points that the table has")
+    parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    points = [
+        Point(model, tokens, adapters=auto_adapters(tokens))
+        for tokens in map(int, options.tokens.split(","))
+        for model in options.model.split(",")
+    ]
+    if options.worker:
+        for point in points:
+            try:
+                print("ROW " + json.dumps(tune_point(point)), flush=True)
+            except Exception as error:
+                print(f"FAILED {point.model} {point.tokens}: {error!r}"[:1000], flush=True)
+        return
+    path = options.table or table_path()
+    table = json.loads(path.read_text()) if path.is_file() else {"tiles": {}}
+    table["measured_with"] = backend.describe()
+    reports = {}
+    done = 0
+    with tempfile.NamedTemporaryFile() as lock:
+        for row in run_workers(points, options.workers, lock.name):
+            done += 1
+            name = f"{row['shape']} {row['tokens']}"
+            table["tiles"].setdefault(row["shape"], {})[str(row["tokens"])] = row["tiles"]
+            path.write_text(json.dumps(table, indent=1, sort_keys=True) + "\n")
+            reports[name] = row["report"]
+            if options.report:
+                options.report.write_text(json.dumps(reports, indent=0))
+            print(f"[{done}/{len(points)}] {name}: {row['tiles']}", flush=True)
+
+
+def run_workers(points: Sequence[Point], workers: int, lock: str) -> Iterator[dict[str, Any]]:
+    """A process for every point, ``workers`` at a time."""
+    environment = {**os.environ, "XLA_PYTHON_CLIENT_PREALLOCATE": "false", "TUNE_LOCK": lock}
+    waiting, running = list(points), []
+    while waiting or running:
+        while waiting and len(running) < workers:
+            point = waiting.pop(0)
+            command = [sys.executable, "-m", "benchmarks.tune", "--worker"]
+            command += ["--model", point.model, "--tokens", str(point.tokens)]
+            running.append(
+                subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment)
+            )
+        process = running.pop(0)
+        for line in process.communicate()[0].splitlines():
+            if line.startswith("ROW "):
+                yield json.loads(line[4:])
+            elif line.startswith("FAILED"):
+                print(line, flush=True)
+
+
+if __name__ == "__main__":
+    main()

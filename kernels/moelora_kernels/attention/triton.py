@@ -1,0 +1,207 @@
+"""Causal attention over a paged KV cache in Triton, for prompts and for decoding.
+
+One program has the queries of a tile in all heads that share a key head, and walks over the context
+with a running softmax. Where there are few tiles, as in decoding, several programs share a context,
+and a second kernel joins what they found.
+"""
+
+import jax
+import jax.numpy as jnp
+import triton
+import triton.language as tl
+from jax import Array
+
+from moelora_kernels.backend import Launch, launch, scalar
+from moelora_kernels.types import Buffer
+
+#: Context positions of one step.
+BLOCK_CONTEXT = 64
+#: Programs that keep a large GPU busy. With fewer, contexts are split.
+BUSY_PROGRAMS = 264
+#: Most programs that share one context.
+MAX_SPLITS = 32
+#: Columns behind the sums of a partial result: its maximum, its weights' sum, and two for alignment.
+EXTRA_COLUMNS = 4
+
+
+def paged_attention(
+    queries: Array,
+    k_cache: Buffer,
+    v_cache: Buffer,
+    layer: Array,
+    block_table: Array,
+    positions: Array,
+    tiles: Array,
+    *,
+    tile_rows: int,
+    scale: float,
+    out: Buffer | None,
+) -> Buffer:
+    """See :func:`moelora_kernels.paged_attention`."""
+    tokens, heads, head_dim = queries.shape
+    _, num_blocks, block_size, kv_heads, _ = k_cache.shape
+    num_tiles, table_width = tiles.shape[0], block_table.shape[1]
+    # The split follows from shapes alone, so that a row's bits do not depend on its neighbours.
+    steps = triton.cdiv(table_width * block_size, BLOCK_CONTEXT)
+    splits = max(1, min(BUSY_PROGRAMS // (num_tiles * kv_heads), MAX_SPLITS, steps))
+    block_m = max(triton.next_power_of_2(tile_rows * heads // kv_heads), 16)
+    final = jax.ShapeDtypeStruct(queries.shape, queries.dtype)
+    partial = jax.ShapeDtypeStruct((splits, tokens, heads, head_dim + EXTRA_COLUMNS), jnp.float32)
+    refs = None if out is None else [out]
+    shared = {
+        "HEADS": heads,
+        "HEAD_DIM": head_dim,
+        "BLOCK_D": triton.next_power_of_2(head_dim),
+        "SPLITS": splits,
+        "EXTRA_COLUMNS": EXTRA_COLUMNS,
+    }
+    (result,) = launch(
+        attend_tiles,
+        (queries, k_cache, v_cache, scalar(layer), block_table, positions, tiles),
+        [final if splits == 1 else partial],
+        refs if splits == 1 else None,
+        Launch((num_tiles, kv_heads, splits), num_warps=8 if block_m >= 128 else 4, num_stages=3),
+        **shared,
+        # Powers of two are cheaper than powers of e.
+        SCALE=scale * 1.4426950408889634,
+        TOKENS=tokens,
+        KV_HEADS=kv_heads,
+        TILE_ROWS=tile_rows,
+        NUM_BLOCKS=num_blocks,
+        BLOCK_SIZE=block_size,
+        TABLE_WIDTH=table_width,
+        BLOCK_M=block_m,
+        BLOCK_N=BLOCK_CONTEXT,
+        PRECISION="ieee" if queries.dtype == jnp.float32 else "tf32",
+    )
+    if splits > 1:
+        how = Launch((tokens, heads), num_warps=4)
+        (result,) = launch(join_splits, (result,), [final], refs, how, TOKENS=tokens, **shared)
+    return result
+
+
+@triton.jit
+def attend_tiles(
+    query_ptr,
+    key_ptr,
+    value_ptr,
+    layer_ptr,
+    table_ptr,
+    position_ptr,
+    tiles_ptr,
+    out_ptr,
+    HEADS: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    SPLITS: tl.constexpr,
+    EXTRA_COLUMNS: tl.constexpr,
+    SCALE: tl.constexpr,
+    TOKENS: tl.constexpr,
+    KV_HEADS: tl.constexpr,
+    TILE_ROWS: tl.constexpr,
+    NUM_BLOCKS: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+    TABLE_WIDTH: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """One tile of queries, one key head, one part of the context per program."""
+    GROUP: tl.constexpr = HEADS // KV_HEADS
+    sequence = tl.load(tiles_ptr + tl.program_id(0) * 3)
+    if sequence >= 0:
+        first = tl.load(tiles_ptr + tl.program_id(0) * 3 + 1)
+        end = tl.load(tiles_ptr + tl.program_id(0) * 3 + 2)
+        kv_head, split = tl.program_id(1), tl.program_id(2)
+        row = tl.arange(0, BLOCK_M)
+        inside = (first + row // GROUP < end) & (row < TILE_ROWS * GROUP)
+        token = tl.where(inside, first + row // GROUP, first)
+        head = kv_head * GROUP + row % GROUP
+        column = tl.arange(0, BLOCK_D)
+        query = tl.load(
+            query_ptr + ((token.to(tl.int64) * HEADS + head) * HEAD_DIM)[:, None] + column[None, :],
+            mask=inside[:, None] & (column < HEAD_DIM)[None, :],
+            other=0.0,
+        )
+        position = tl.load(position_ptr + token)
+        context = tl.max(position, 0) + 1
+        part = tl.cdiv(tl.cdiv(context, BLOCK_N), SPLITS) * BLOCK_N
+        stop = tl.minimum(context, (split + 1) * part)
+        layer_row = tl.load(layer_ptr).to(tl.int64) * NUM_BLOCKS
+
+        maximum = tl.full([BLOCK_M], float("-inf"), tl.float32)
+        weights_sum = tl.zeros([BLOCK_M], tl.float32)
+        total = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+        for start in range(split * part, stop, BLOCK_N):
+            place = start + tl.arange(0, BLOCK_N)
+            exists = place < stop
+            block = tl.load(
+                table_ptr + sequence * TABLE_WIDTH + place // BLOCK_SIZE, mask=exists, other=0
+            )
+            cache_row = (layer_row + block) * BLOCK_SIZE + place % BLOCK_SIZE
+            offset = (cache_row * KV_HEADS + kv_head) * HEAD_DIM
+            # Nothing is read behind the last position: it may be anything, also NaN.
+            key = tl.load(
+                key_ptr + offset[None, :] + column[:, None],
+                mask=exists[None, :] & (column < HEAD_DIM)[:, None],
+                other=0.0,
+            )
+            value = tl.load(
+                value_ptr + offset[:, None] + column[None, :],
+                mask=exists[:, None] & (column < HEAD_DIM)[None, :],
+                other=0.0,
+            )
+            score = tl.dot(query, key, input_precision=PRECISION) * SCALE
+            visible = exists[None, :] & (place[None, :] <= position[:, None])
+            score = tl.where(visible, score, float("-inf"))
+            new_maximum = tl.maximum(maximum, tl.max(score, 1))
+            # Rows that have seen nothing yet keep zeros instead of NaN.
+            shift = tl.where(new_maximum == float("-inf"), 0.0, new_maximum)
+            weight = tl.exp2(score - shift[:, None])
+            shrunk = tl.exp2(maximum - shift)
+            weights_sum = weights_sum * shrunk + tl.sum(weight, 1)
+            total = total * shrunk[:, None]
+            total = tl.dot(weight.to(value.dtype), value, total, input_precision=PRECISION)
+            maximum = new_maximum
+
+        out_row = (split * TOKENS + token).to(tl.int64) * HEADS + head
+        stored = inside[:, None] & (column < HEAD_DIM)[None, :]
+        if SPLITS == 1:
+            total = total / weights_sum[:, None]
+            out_ptrs = out_ptr + (out_row * HEAD_DIM)[:, None] + column[None, :]
+            tl.store(out_ptrs, total.to(out_ptr.dtype.element_ty), mask=stored)
+        else:
+            part_ptr = out_ptr + out_row * (HEAD_DIM + EXTRA_COLUMNS)
+            tl.store(part_ptr[:, None] + column[None, :], total, mask=stored)
+            tl.store(part_ptr + HEAD_DIM, maximum, mask=inside)
+            tl.store(part_ptr + HEAD_DIM + 1, weights_sum, mask=inside)
+
+
+@triton.jit
+def join_splits(
+    partial_ptr,
+    out_ptr,
+    HEADS: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    SPLITS: tl.constexpr,
+    EXTRA_COLUMNS: tl.constexpr,
+    TOKENS: tl.constexpr,
+):
+    """One token and head per program."""
+    row = tl.program_id(0) * HEADS + tl.program_id(1)
+    column = tl.arange(0, BLOCK_D)
+    maximum = float("-inf")
+    for split in range(SPLITS):
+        part_ptr = partial_ptr + (split * TOKENS * HEADS + row) * (HEAD_DIM + EXTRA_COLUMNS)
+        maximum = tl.maximum(maximum, tl.load(part_ptr + HEAD_DIM))
+    weights_sum = 0.0
+    total = tl.zeros([BLOCK_D], tl.float32)
+    for split in range(SPLITS):
+        part_ptr = partial_ptr + (split * TOKENS * HEADS + row) * (HEAD_DIM + EXTRA_COLUMNS)
+        weight = tl.exp2(tl.load(part_ptr + HEAD_DIM) - maximum)
+        weights_sum += weight * tl.load(part_ptr + HEAD_DIM + 1)
+        total += weight * tl.load(part_ptr + column, mask=column < HEAD_DIM, other=0.0)
+    total = total / weights_sum
+    out_ptrs = out_ptr + row * HEAD_DIM + column
+    tl.store(out_ptrs, total.to(out_ptr.dtype.element_ty), mask=column < HEAD_DIM)

@@ -1,0 +1,153 @@
+"""Choosing an implementation, and the only door to jax-triton.
+
+``jax_triton`` raises ImportError where JAX has no GPU plugin, so it is imported here alone, and only when a
+Triton kernel is about to be launched.
+"""
+
+import functools
+import importlib.metadata
+import logging
+import os
+import warnings
+from collections.abc import Sequence
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from moelora_kernels.types import Buffer
+
+Implementation = Literal["reference", "triton"]
+
+_log = logging.getLogger(__name__)
+
+#: Oldest NVIDIA GPUs whose tensor cores know bfloat16.
+MIN_COMPUTE_CAPABILITY = 8.0
+
+
+class Launch(NamedTuple):
+    """How a Triton kernel is launched, besides its arguments.
+
+    Attributes:
+        grid: programs along each axis.
+        num_warps: warps per program.
+        num_stages: depth of the software pipeline.
+    """
+
+    grid: tuple[int, ...]
+    num_warps: int = 4
+    num_stages: int = 1
+
+
+def choose(implementation: Implementation | None) -> Implementation:
+    """``implementation``, or what suits the default device where it is None."""
+    return default_implementation() if implementation is None else implementation
+
+
+@functools.cache
+def default_implementation() -> Implementation:
+    """``triton`` on an NVIDIA GPU that the kernels support, else ``reference``.
+
+    The first call logs one line that says what was found. A GPU that cannot be used is a warning.
+    """
+    gpus = [device for device in jax.devices() if device.platform == "gpu"]
+    if not gpus:
+        _log.info("kernels: reference (JAX sees no GPU), jax %s", jax.__version__)
+        return "reference"
+    problem = _problem(gpus[0])
+    if problem is not None:
+        warnings.warn(f"the plain JAX kernels run instead of Triton's: {problem}", stacklevel=2)
+        return "reference"
+    _log.info("kernels: triton, %s", describe())
+    return "triton"
+
+
+def describe() -> str:
+    """The GPU, the versions that matter, and whether XLA records command buffers, in one line."""
+    device = jax.devices()[0]
+    names = ("jax", "jaxlib", "jax-triton", "triton")
+    versions = ", ".join(f"{name} {_version(name)}" for name in names)
+    capability = getattr(device, "compute_capability", "none")
+    capture = "off" if "--xla_gpu_enable_command_buffer= " in _xla_flags() else "on"
+    return f"{device.device_kind}, compute capability {capability}, {versions}, capture {capture}"
+
+
+def launch(
+    kernel: Any,
+    inputs: Sequence[Buffer | None],
+    outputs: Sequence[jax.ShapeDtypeStruct],
+    refs: Sequence[Buffer] | None,
+    how: Launch,
+    **constants: Any,
+) -> tuple[Buffer, ...]:
+    """Launch a Triton kernel, whose parameters are the inputs, then the outputs, then constants.
+
+    Args:
+        kernel: a ``triton.jit`` function.
+        inputs: arrays, references, tuples of them, or None for a pointer that is not read.
+        outputs: shapes and dtypes of new outputs.
+        refs: references to write instead; None makes new, uninitialised outputs.
+        how: grid, warps and stages.
+        constants: the kernel's compile-time parameters.
+
+    Returns:
+        The references, or the new arrays.
+    """
+    options = {
+        "kernel": kernel,
+        "grid": how.grid,
+        "num_warps": how.num_warps,
+        "num_stages": how.num_stages,
+        "name": kernel.fn.__name__,
+    }
+    call = jax_triton().triton_call
+    if refs is None:
+        return tuple(call(*inputs, out_type=tuple(outputs), **options, **constants))
+    call(*inputs, *refs, out_type=(), **options, **constants)
+    return tuple(refs)
+
+
+@functools.cache
+def jax_triton() -> Any:
+    """The module ``jax_triton``."""
+    import triton.backends.nvidia.driver as nvidia_driver
+
+    # jax-triton 0.4.1 asks for this constant of Triton 3.7; only tensor descriptors of tf32 use it.
+    if not hasattr(nvidia_driver, "TMA_TF32"):
+        nvidia_driver.TMA_TF32 = 11
+    import jax_triton as module
+
+    return module
+
+
+def scalar(value: Array | int) -> Array:
+    """A number in device memory, as the one-element int32 array that kernels read it from."""
+    return jnp.reshape(jnp.asarray(value, jnp.int32), (1,))
+
+
+def _problem(device: jax.Device) -> str | None:
+    """Why the kernels cannot run on this GPU, or None."""
+    capability = getattr(device, "compute_capability", None)
+    try:
+        number = float(capability)  # type: ignore[arg-type]
+    except (TypeError, ValueError):
+        return f"{device.device_kind} is not an NVIDIA GPU"
+    if number < MIN_COMPUTE_CAPABILITY:
+        return f"{device.device_kind} has compute capability {capability}, 8.0 is needed"
+    try:
+        jax_triton()
+    except ImportError as error:
+        return f"jax-triton cannot be imported ({error})"
+    return None
+
+
+def _version(distribution: str) -> str:
+    try:
+        return importlib.metadata.version(distribution)
+    except importlib.metadata.PackageNotFoundError:
+        return "missing"
+
+
+def _xla_flags() -> str:
+    return os.environ.get("XLA_FLAGS", "") + " "

@@ -1,0 +1,330 @@
+"""Token sort in Triton: one launch for small batches, three for large ones. No atomics.
+
+The row of a pair is the number of pairs that come before it. Up to :data:`MAX_COUNTED_PAIRS` pairs, that
+number is counted by comparing every pair with every other. Above, blocks of pairs count how many they
+have of each group, one program turns the counts into first rows, and each block places its pairs.
+"""
+
+import jax
+import triton
+import triton.language as tl
+from jax import Array
+
+from moelora_kernels.backend import Launch, launch, scalar
+from moelora_kernels.types import TokenSort
+
+#: Pairs up to which every pair is compared with every other.
+MAX_COUNTED_PAIRS = 8192
+#: Pairs of one block of the form for large batches.
+BLOCK_PAIRS = 1024
+#: Groups that a program counts at once there.
+BLOCK_GROUPS = 1024
+
+
+def sort_tokens(
+    experts: Array,
+    adapter_of_token: Array | None,
+    num_tokens: Array,
+    *,
+    num_experts: int,
+    num_adapters: int,
+    tile_rows: int,
+    shapes: TokenSort,
+    out: TokenSort | None,
+) -> TokenSort:
+    """See :func:`moelora_kernels.sort_tokens`. ``run_tiles`` is not written."""
+    pairs, top_k = experts.size, experts.shape[1]
+    groups = num_experts * (num_adapters + 1)
+    sizes = shapes if out is None else out
+    arrays = ("order", "row_of_pair", "expert_tiles", "group_of_row")
+    outputs = [getattr(sizes, name) for name in arrays]
+    refs = None if out is None else outputs
+    inputs = (experts, adapter_of_token, scalar(num_tokens))
+    constants = {
+        "PAIRS": pairs,
+        "TOP_K": top_k,
+        "NUM_EXPERTS": num_experts,
+        "NUM_ADAPTERS": num_adapters,
+        "TILE_ROWS": tile_rows,
+        "NUM_TILES": sizes.expert_tiles.shape[0],
+        "EXPERTS_POW2": max(triton.next_power_of_2(num_experts), 16),
+    }
+    key_stride = triton.next_power_of_2(pairs)
+    if pairs <= MAX_COUNTED_PAIRS and (groups + 1) * key_stride < 2**31:
+        block, chunk = 16, min(max(key_stride, 16), 1024)
+        results = launch(
+            sort_by_counting,
+            inputs,
+            outputs,
+            refs,
+            Launch((triton.cdiv(pairs, block) + 1,), num_warps=8 if chunk == 1024 else 4),
+            **constants,
+            KEY_STRIDE=key_stride,
+            BLOCK=block,
+            CHUNK=chunk,
+        )
+    else:
+        blocks = triton.cdiv(pairs, BLOCK_PAIRS)
+        counts = [jax.ShapeDtypeStruct((blocks, groups), "int32")]
+        (block_counts,) = launch(
+            count_groups,
+            inputs,
+            counts,
+            None,
+            Launch((blocks, triton.cdiv(groups, BLOCK_GROUPS))),
+            PAIRS=pairs,
+            TOP_K=top_k,
+            NUM_ADAPTERS=num_adapters,
+            GROUPS=groups,
+            BLOCK=BLOCK_PAIRS,
+            BLOCK_GROUPS=BLOCK_GROUPS,
+        )
+        (first_rows,) = launch(
+            scan_groups,
+            (block_counts,),
+            counts,
+            None,
+            Launch((1,), num_warps=16),
+            BLOCKS=blocks,
+            GROUPS=groups,
+            CHUNK_BLOCKS=min(triton.next_power_of_2(blocks), 32),
+            CHUNK_GROUPS=min(triton.next_power_of_2(groups), 1024),
+        )
+        results = launch(
+            place_pairs,
+            (*inputs, first_rows),
+            outputs,
+            refs,
+            Launch((blocks * (BLOCK_PAIRS // 64) + 1,), num_warps=8),
+            **constants,
+            GROUPS=groups,
+            BLOCK=BLOCK_PAIRS,
+            PART=64,
+            CHUNK=256,
+        )
+    named = dict(zip(arrays, results, strict=True))
+    return TokenSort(**named, run_tiles=None if out is None else out.run_tiles)
+
+
+@triton.jit
+def group_of_pairs(
+    pair,
+    experts_ptr,
+    adapters_ptr,
+    num_tokens,
+    PAIRS: tl.constexpr,
+    TOP_K: tl.constexpr,
+    NUM_ADAPTERS: tl.constexpr,
+    LAST: tl.constexpr,
+):
+    """Expert and adapter of each pair as one number that sorts like them; LAST for padding."""
+    token = pair // TOP_K
+    real = (pair < PAIRS) & (token < num_tokens)
+    group = tl.load(experts_ptr + pair, mask=real, other=0) * (NUM_ADAPTERS + 1)
+    if adapters_ptr is not None:
+        group += tl.load(adapters_ptr + token, mask=real, other=-1) + 1
+    return tl.where(real, group, LAST)
+
+
+@triton.jit
+def write_pairs(pair, row, group, num_rows, order_ptr, row_of_pair_ptr, group_of_row_ptr, PAIRS):
+    """Write all that is indexed by pairs ``pair`` or by their rows ``row``, a permutation."""
+    inside = pair < PAIRS
+    real = row < num_rows
+    tl.store(order_ptr + row, tl.where(real, pair, -1), mask=inside)
+    tl.store(group_of_row_ptr + row, tl.where(real, group, -1), mask=inside)
+    tl.store(row_of_pair_ptr + pair, tl.where(real, row, -1), mask=inside)
+
+
+@triton.jit
+def write_expert_tiles(
+    counts,
+    tiles_ptr,
+    NUM_EXPERTS: tl.constexpr,
+    TILE_ROWS: tl.constexpr,
+    NUM_TILES: tl.constexpr,
+    EXPERTS_POW2: tl.constexpr,
+):
+    """Cut ``counts[e]`` consecutive rows of each expert into tiles, and mark the unused entries."""
+    expert = tl.arange(0, EXPERTS_POW2)
+    end = tl.cumsum(counts, 0)
+    first = end - counts
+    tiles = (counts + TILE_ROWS - 1) // TILE_ROWS
+    first_tile = tl.cumsum(tiles, 0) - tiles
+    for number in range(0, tl.max(tiles, 0)):
+        entry = tiles_ptr + (first_tile + number) * 3
+        used = number < tiles
+        tile_first = first + number * TILE_ROWS
+        tl.store(entry, expert, mask=used)
+        tl.store(entry + 1, tile_first, mask=used)
+        tl.store(entry + 2, tl.minimum(tile_first + TILE_ROWS, end), mask=used)
+    fields = tl.arange(0, 1024)
+    for start in range(tl.sum(tiles, 0) * 3, NUM_TILES * 3, 1024):
+        tl.store(tiles_ptr + start + fields, -1, mask=start + fields < NUM_TILES * 3)
+
+
+@triton.jit
+def sort_by_counting(
+    experts_ptr,
+    adapters_ptr,
+    num_tokens_ptr,
+    order_ptr,
+    row_of_pair_ptr,
+    tiles_ptr,
+    group_of_row_ptr,
+    PAIRS: tl.constexpr,
+    TOP_K: tl.constexpr,
+    NUM_EXPERTS: tl.constexpr,
+    NUM_ADAPTERS: tl.constexpr,
+    TILE_ROWS: tl.constexpr,
+    NUM_TILES: tl.constexpr,
+    EXPERTS_POW2: tl.constexpr,
+    KEY_STRIDE: tl.constexpr,
+    BLOCK: tl.constexpr,
+    CHUNK: tl.constexpr,
+):
+    """Programs place ``BLOCK`` pairs each; the first writes the tile map instead."""
+    LAST: tl.constexpr = NUM_EXPERTS * (NUM_ADAPTERS + 1)
+    num_tokens = tl.load(num_tokens_ptr)
+    chunk = tl.arange(0, CHUNK)
+    if tl.program_id(0) == 0:
+        counts = tl.zeros([EXPERTS_POW2], tl.int32)
+        for start in range(0, PAIRS, CHUNK):
+            pair = start + chunk
+            real = (pair < PAIRS) & (pair // TOP_K < num_tokens)
+            expert = tl.load(experts_ptr + pair, mask=real, other=0)
+            counts += tl.histogram(expert, EXPERTS_POW2, mask=real)
+        write_expert_tiles(counts, tiles_ptr, NUM_EXPERTS, TILE_ROWS, NUM_TILES, EXPERTS_POW2)
+    else:
+        pair = (tl.program_id(0) - 1) * BLOCK + tl.arange(0, BLOCK)
+        group = group_of_pairs(
+            pair, experts_ptr, adapters_ptr, num_tokens, PAIRS, TOP_K, NUM_ADAPTERS, LAST
+        )
+        # The pair breaks ties, which makes the sort stable.
+        key = group * KEY_STRIDE + pair
+        before = tl.zeros([BLOCK, CHUNK], tl.int32)
+        for start in range(0, PAIRS, CHUNK):
+            other = start + chunk
+            other_group = group_of_pairs(
+                other, experts_ptr, adapters_ptr, num_tokens, PAIRS, TOP_K, NUM_ADAPTERS, LAST
+            )
+            # Numbers past the last pair must not count, nor overflow.
+            other_key = tl.where(other < PAIRS, other_group * KEY_STRIDE + other, 2147483647)
+            before += (other_key[None, :] < key[:, None]).to(tl.int32)
+        row = tl.sum(before, 1)
+        num_rows = num_tokens * TOP_K
+        write_pairs(pair, row, group, num_rows, order_ptr, row_of_pair_ptr, group_of_row_ptr, PAIRS)
+
+
+@triton.jit
+def count_groups(
+    experts_ptr,
+    adapters_ptr,
+    num_tokens_ptr,
+    counts_ptr,
+    PAIRS: tl.constexpr,
+    TOP_K: tl.constexpr,
+    NUM_ADAPTERS: tl.constexpr,
+    GROUPS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    BLOCK_GROUPS: tl.constexpr,
+):
+    """``counts[block, group]``: pairs of each group in each block of pairs."""
+    block, first = tl.program_id(0), tl.program_id(1) * BLOCK_GROUPS
+    num_tokens = tl.load(num_tokens_ptr)
+    pair = block * BLOCK + tl.arange(0, BLOCK)
+    group = group_of_pairs(
+        pair, experts_ptr, adapters_ptr, num_tokens, PAIRS, TOP_K, NUM_ADAPTERS, GROUPS
+    )
+    bin_of_pair = group - first
+    mine = (bin_of_pair >= 0) & (bin_of_pair < BLOCK_GROUPS)
+    counts = tl.histogram(tl.where(mine, bin_of_pair, 0), BLOCK_GROUPS, mask=mine)
+    column = first + tl.arange(0, BLOCK_GROUPS)
+    tl.store(counts_ptr + block * GROUPS + column, counts, mask=column < GROUPS)
+
+
+@triton.jit
+def scan_groups(
+    counts_ptr,
+    first_rows_ptr,
+    BLOCKS: tl.constexpr,
+    GROUPS: tl.constexpr,
+    CHUNK_BLOCKS: tl.constexpr,
+    CHUNK_GROUPS: tl.constexpr,
+):
+    """``first_rows[block, group]``: where the pairs of a group in a block go. One program."""
+    rows_before = 0
+    for first_group in range(0, GROUPS, CHUNK_GROUPS):
+        group = first_group + tl.arange(0, CHUNK_GROUPS)
+        total = tl.zeros([CHUNK_GROUPS], tl.int32)
+        for first_block in range(0, BLOCKS, CHUNK_BLOCKS):
+            block = first_block + tl.arange(0, CHUNK_BLOCKS)
+            inside = (block < BLOCKS)[:, None] & (group < GROUPS)[None, :]
+            offset = block[:, None] * GROUPS + group[None, :]
+            total += tl.sum(tl.load(counts_ptr + offset, mask=inside, other=0), 0)
+        first_row = rows_before + tl.cumsum(total, 0) - total
+        rows_before += tl.sum(total, 0)
+        for first_block in range(0, BLOCKS, CHUNK_BLOCKS):
+            block = first_block + tl.arange(0, CHUNK_BLOCKS)
+            inside = (block < BLOCKS)[:, None] & (group < GROUPS)[None, :]
+            offset = block[:, None] * GROUPS + group[None, :]
+            counts = tl.load(counts_ptr + offset, mask=inside, other=0)
+            rows = first_row[None, :] + tl.cumsum(counts, 0) - counts
+            tl.store(first_rows_ptr + offset, rows, mask=inside)
+            first_row += tl.sum(counts, 0)
+
+
+@triton.jit
+def place_pairs(
+    experts_ptr,
+    adapters_ptr,
+    num_tokens_ptr,
+    first_rows_ptr,
+    order_ptr,
+    row_of_pair_ptr,
+    tiles_ptr,
+    group_of_row_ptr,
+    PAIRS: tl.constexpr,
+    TOP_K: tl.constexpr,
+    NUM_EXPERTS: tl.constexpr,
+    NUM_ADAPTERS: tl.constexpr,
+    TILE_ROWS: tl.constexpr,
+    NUM_TILES: tl.constexpr,
+    EXPERTS_POW2: tl.constexpr,
+    GROUPS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    PART: tl.constexpr,
+    CHUNK: tl.constexpr,
+):
+    """Programs place ``PART`` pairs of a block each; the first writes the tile map instead."""
+    num_tokens = tl.load(num_tokens_ptr)
+    num_rows = num_tokens * TOP_K
+    if tl.program_id(0) == 0:
+        # The first block's first row of an expert's first group is the expert's first row.
+        expert = tl.arange(0, EXPERTS_POW2)
+        first_group = expert * (NUM_ADAPTERS + 1)
+        first = tl.load(first_rows_ptr + first_group, mask=expert < NUM_EXPERTS, other=0)
+        next_group = first_group + NUM_ADAPTERS + 1
+        end = tl.load(first_rows_ptr + next_group, mask=expert < NUM_EXPERTS - 1, other=0)
+        end = tl.where(expert == NUM_EXPERTS - 1, num_rows, end)
+        write_expert_tiles(end - first, tiles_ptr, NUM_EXPERTS, TILE_ROWS, NUM_TILES, EXPERTS_POW2)
+    else:
+        part = tl.program_id(0) - 1
+        block = part // (BLOCK // PART)
+        pair = part * PART + tl.arange(0, PART)
+        group = group_of_pairs(
+            pair, experts_ptr, adapters_ptr, num_tokens, PAIRS, TOP_K, NUM_ADAPTERS, GROUPS
+        )
+        before = tl.zeros([PART, CHUNK], tl.int32)
+        for start in range(0, BLOCK, CHUNK):
+            other = block * BLOCK + start + tl.arange(0, CHUNK)
+            other_group = group_of_pairs(
+                other, experts_ptr, adapters_ptr, num_tokens, PAIRS, TOP_K, NUM_ADAPTERS, GROUPS
+            )
+            earlier = other[None, :] < pair[:, None]
+            before += (earlier & (other_group[None, :] == group[:, None])).to(tl.int32)
+        real = group < GROUPS
+        first_row = tl.load(first_rows_ptr + block * GROUPS + group, mask=real, other=0)
+        # Padding comes last in the batch, so it keeps its place.
+        row = tl.where(real, first_row + tl.sum(before, 1), pair)
+        write_pairs(pair, row, group, num_rows, order_ptr, row_of_pair_ptr, group_of_row_ptr, PAIRS)

@@ -1,0 +1,149 @@
+"""Tile sizes of the Triton kernels: a measured table per GPU, and a rule for what is not in it.
+
+The choice follows from shapes alone, never from a batch, and is the same with and without LoRA: a row of the
+base model is summed in the same order in both programs.
+"""
+
+import functools
+import json
+from dataclasses import asdict, dataclass
+from importlib import resources
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.typing import DTypeLike
+
+
+@dataclass(frozen=True)
+class GemmTiles:
+    """Launch parameters of a grouped matrix product.
+
+    Attributes:
+        block_n: output columns of a program.
+        block_k: summed columns of one step.
+        num_warps: warps per program.
+        num_stages: steps whose loads are in flight.
+        stack: pages of adapters that are multiplied at once.
+    """
+
+    block_n: int
+    block_k: int
+    num_warps: int
+    num_stages: int
+    stack: int = 4
+
+
+@dataclass(frozen=True)
+class ShrinkTiles:
+    """Launch parameters of a shrink.
+
+    Attributes:
+        block_k: summed columns of one step.
+        num_warps: warps per program.
+        num_stages: steps whose loads are in flight.
+        run_rows: rows of a run that are multiplied at once; 0 for one program per row.
+        slots: programs that share the runs that begin in 16 rows.
+    """
+
+    block_k: int
+    num_warps: int
+    num_stages: int
+    run_rows: int = 0
+    slots: int = 4
+
+
+@dataclass(frozen=True)
+class MoeTiles:
+    """All that one MoE layer needs.
+
+    Attributes:
+        tile_rows: rows of a tile of the sort.
+        gate_up: of :func:`moelora_kernels.gate_up`.
+        down: of :func:`moelora_kernels.down`.
+        gate_up_shrink: of the shrink before gate_up.
+        down_shrink: of the shrink before down.
+    """
+
+    tile_rows: int
+    gate_up: GemmTiles
+    down: GemmTiles
+    gate_up_shrink: ShrinkTiles
+    down_shrink: ShrinkTiles
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, fields: dict[str, Any]) -> "MoeTiles":
+        return cls(
+            fields["tile_rows"],
+            GemmTiles(**fields["gate_up"]),
+            GemmTiles(**fields["down"]),
+            ShrinkTiles(**fields["gate_up_shrink"]),
+            ShrinkTiles(**fields["down_shrink"]),
+        )
+
+
+def moe_tiles(
+    *, num_experts: int, top_k: int, hidden: int, intermediate: int, tokens: int, dtype: DTypeLike
+) -> MoeTiles:
+    """Tiles for one MoE layer on the default device.
+
+    The table is asked for this layer shape and the nearest token count at or below ``tokens``, or the
+    smallest that it has.
+    """
+    if jnp.dtype(dtype) == jnp.float32:
+        return float32_rule(tokens * top_k / num_experts)
+    shape = f"{num_experts}x{top_k}x{hidden}x{intermediate}"
+    measured = _table(jax.devices()[0].device_kind).get(shape)
+    if measured:
+        counts = sorted(map(int, measured))
+        nearest = max((count for count in counts if count <= tokens), default=counts[0])
+        return MoeTiles.from_json(measured[str(nearest)])
+    return rule(tokens * top_k / num_experts)
+
+
+def rule(rows_per_expert: float) -> MoeTiles:
+    """What suits 16-bit layers of any shape, by the mean rows of an expert."""
+    if rows_per_expert <= 16:
+        gemm = GemmTiles(block_n=32, block_k=256, num_warps=4, num_stages=3)
+        down = GemmTiles(block_n=64, block_k=128, num_warps=4, num_stages=4)
+        shrink = ShrinkTiles(block_k=512, num_warps=4, num_stages=1)
+        return MoeTiles(16, gemm, down, shrink, shrink)
+    runs = ShrinkTiles(block_k=256, num_warps=2, num_stages=4, run_rows=16, slots=4)
+    if rows_per_expert <= 48:
+        gemm = GemmTiles(block_n=64, block_k=128, num_warps=4, num_stages=3)
+        down = GemmTiles(block_n=128, block_k=64, num_warps=4, num_stages=4)
+        return MoeTiles(32, gemm, down, runs, runs)
+    if rows_per_expert <= 384:
+        gemm = GemmTiles(block_n=128, block_k=64, num_warps=8, num_stages=3)
+        down = GemmTiles(block_n=256, block_k=64, num_warps=8, num_stages=3)
+        return MoeTiles(64, gemm, down, runs, runs)
+    gemm = GemmTiles(block_n=128, block_k=64, num_warps=8, num_stages=3)
+    down = GemmTiles(block_n=256, block_k=64, num_warps=8, num_stages=3)
+    return MoeTiles(128, gemm, down, runs, runs)
+
+
+def float32_rule(rows_per_expert: float) -> MoeTiles:
+    """float32 products run on the ordinary units, from smaller tiles."""
+    gemm = GemmTiles(block_n=32, block_k=32, num_warps=4, num_stages=2)
+    shrink = ShrinkTiles(block_k=256, num_warps=4, num_stages=1)
+    return MoeTiles(16 if rows_per_expert <= 16 else 32, gemm, gemm, shrink, shrink)
+
+
+def dense_tiles(tokens: int, dtype: DTypeLike) -> tuple[ShrinkTiles, GemmTiles]:
+    """Tiles of the shrink and of the expand of a dense linear layer."""
+    if tokens <= 64 or jnp.dtype(dtype) == jnp.float32:
+        shrink = ShrinkTiles(block_k=512, num_warps=4, num_stages=1)
+    else:
+        shrink = ShrinkTiles(256, num_warps=2, num_stages=4, run_rows=16, slots=4)
+    return shrink, GemmTiles(block_n=128, block_k=64, num_warps=4, num_stages=1)
+
+
+@functools.cache
+def _table(device_kind: str) -> dict[str, dict[str, Any]]:
+    """Layer shape -> tokens -> tiles, or nothing for a GPU that was not measured."""
+    name = device_kind.lower().replace(" ", "_") + ".json"
+    file = resources.files(__package__).joinpath(name)
+    return json.loads(file.read_text(encoding="utf-8"))["tiles"] if file.is_file() else {}

@@ -1,0 +1,179 @@
+"""The Triton kernels on a GPU, against oracles in float64 and the reference."""
+
+import importlib.util
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from moelora_kernels import dense_lora, route, sort_tokens, token_sort_shapes
+
+from moelora_jax.config import MoeConfig
+from moelora_jax.moe import MoeParams, moe_experts, moe_workspace_shapes
+
+# Helpers lie beside this file, and tests are imported by path.
+_spec = importlib.util.spec_from_file_location("cases", Path(__file__).with_name("cases.py"))
+assert _spec is not None and _spec.loader is not None
+cases = sys.modules.setdefault("cases", importlib.util.module_from_spec(_spec))
+if not hasattr(cases, "LayerCase"):
+    _spec.loader.exec_module(cases)
+
+pytestmark = pytest.mark.gpu
+
+TOLERANCE = {"float32": 1e-5, "bfloat16": 5e-3}
+
+SHAPES = {
+    "one token": cases.Shape(1, 2, 6, 48, 20, 3, 1),
+    "all experts": cases.Shape(7, 8, 8, 40, 20, 5, 4),
+    "odd widths": cases.Shape(33, 2, 6, 41, 23, 10, 4),
+    "many experts": cases.Shape(90, 10, 512, 64, 48, 64, 1),
+    "rank 128": cases.Shape(64, 4, 16, 160, 96, 4, 8),
+    "large tiles": cases.Shape(700, 4, 8, 320, 192, 16, 2),
+    "large sort": cases.Shape(1500, 8, 24, 72, 56, 12, 2),
+}
+
+
+def run(case, *, lora: bool = True, dirty: bool = False, activation: str = "silu") -> np.ndarray:
+    """The layer with poisoned workspaces that are larger than this batch needs."""
+    shape = case.shape
+    config = MoeConfig(
+        shape.experts, shape.top_k, shape.hidden, shape.intermediate, activation=activation
+    )
+    params = MoeParams(
+        jnp.zeros((2, shape.experts, shape.hidden)), case.cast(case.gate_up), case.cast(case.down)
+    )
+    shapes = moe_workspace_shapes(
+        config,
+        shape.tokens + 5,
+        num_adapters=shape.adapters if lora else 0,
+        max_rank=shape.max_rank,
+        dtype=case.dtype,
+    )
+
+    def program(workspace, x, params, pages):
+        refs = jax.tree.map(jax.new_ref, workspace)
+        out = moe_experts(
+            x,
+            jnp.asarray(case.experts),
+            jnp.asarray(case.weights, jnp.float32),
+            params,
+            case.layer,
+            config,
+            num_tokens=case.device_num_tokens,
+            adapter_of_token=jnp.asarray(case.adapter_of_token) if lora else None,
+            pages=pages,
+            workspace=refs,
+            implementation="triton",
+        )
+        return jax.tree.map(jax.freeze, refs), out
+
+    workspace = cases.poisoned_like(shapes)
+    _, out = jax.jit(program, donate_argnums=0)(
+        workspace, case.cast(case.x), params, case.pages(int(dirty)) if lora else None
+    )
+    return np.asarray(out)
+
+
+@pytest.mark.parametrize("assignment", ["mixed", "base", "one", "runs"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("name", SHAPES)
+def test_layer_against_float64(name: str, dtype: str, assignment: str) -> None:
+    shape = SHAPES[name]
+    for padding in (0, shape.tokens // 3):
+        spec = cases.LayerSpec(
+            shape, dtype=dtype, num_tokens=shape.tokens - padding, assignment=assignment, seed=7
+        )
+        case = cases.LayerCase(spec)
+        expected = case.layer_output()
+        out = run(case)
+        error = cases.relative_error(out, expected)
+        assert error <= TOLERANCE[dtype], error
+        # Other pool rows, the same bits; and base rows are those of the base-only program.
+        assert out.tobytes() == run(case, dirty=True).tobytes()
+        base_rows = case.adapter_of_token < 0
+        base_rows[case.num_tokens :] = True
+        base = run(case, lora=False)
+        assert out[base_rows].tobytes() == base[base_rows].tobytes()
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_clamped_swiglu(dtype: str) -> None:
+    case = cases.LayerCase(cases.LayerSpec(SHAPES["odd widths"], dtype=dtype))
+    out = run(case, activation="clamped_swiglu")
+    expected = case.layer_output(activation="clamped_swiglu")
+    assert cases.relative_error(out, expected) <= TOLERANCE[dtype]
+
+
+@pytest.mark.parametrize("tokens", [1, 5, 64, 1000, 3000])
+@pytest.mark.parametrize("num_adapters", [0, 3, 64])
+@pytest.mark.parametrize("num_experts", [1, 60, 512])
+def test_sort(tokens: int, num_adapters: int, num_experts: int) -> None:
+    rng = np.random.default_rng(0)
+    top_k = min(8, num_experts)
+    experts = rng.integers(num_experts, size=(tokens, top_k)).astype(np.int32)
+    adapters = rng.integers(-1, max(num_adapters, 1), size=tokens).astype(np.int32)
+    sizes = {"num_experts": num_experts, "num_adapters": num_adapters, "tile_rows": 16}
+    shapes = token_sort_shapes(tokens + 3, top_k, **sizes)
+
+    def program(implementation, experts, adapters, num_tokens):
+        out = jax.tree.map(jax.new_ref, cases.poisoned_like(shapes))
+        sort_tokens(
+            experts,
+            adapters if num_adapters else None,
+            num_tokens,
+            **sizes,
+            out=out,
+            implementation=implementation,
+        )
+        return jax.tree.map(jax.freeze, out)
+
+    for num_tokens in {tokens, tokens // 2, 0}:
+        arguments = (jnp.asarray(experts), jnp.asarray(adapters), jnp.int32(num_tokens))
+        expected, actual = (
+            jax.jit(program, static_argnums=0)(name, *arguments) for name in ("reference", "triton")
+        )
+        for field in ("order", "row_of_pair", "expert_tiles", "group_of_row"):
+            assert np.array_equal(getattr(expected, field), getattr(actual, field)), field
+
+
+@pytest.mark.parametrize("scoring", ["softmax", "sigmoid"])
+@pytest.mark.parametrize(("num_experts", "top_k"), [(8, 2), (60, 4), (128, 8), (512, 10)])
+def test_route(num_experts: int, top_k: int, scoring: str) -> None:
+    logits = jax.random.normal(jax.random.key(0), (77, num_experts))
+    for renormalize in (True, False):
+        options = {"top_k": top_k, "scoring": scoring, "renormalize": renormalize}
+        expected = route(logits, **options, implementation="reference")
+        actual = route(logits, **options, implementation="triton")
+        assert np.array_equal(expected[0], actual[0])
+        np.testing.assert_allclose(actual[1], expected[1], rtol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("tokens", [1, 33, 300])
+def test_dense_lora(tokens: int, dtype: str) -> None:
+    shape = cases.Shape(tokens, 1, 1, 72, 40, 5, 3)
+    case = cases.LayerCase(cases.LayerSpec(shape, dtype=dtype, num_tokens=tokens - tokens // 4))
+    pages = case.pages().gate
+    sizes = {"num_experts": 1, "num_adapters": 5, "tile_rows": 16}
+    zeros = jnp.zeros((tokens, 1), jnp.int32)
+    adapters = jnp.asarray(case.adapter_of_token)
+    y = jax.random.normal(jax.random.key(0), (tokens, 40)).astype(dtype)
+
+    def program(implementation, x, y):
+        sort = sort_tokens(
+            zeros, adapters, case.device_num_tokens, **sizes, implementation=implementation
+        )
+        return dense_lora(
+            x, y, pages, sort, case.layer, tile_rows=16, implementation=implementation
+        )
+
+    with jax.default_matmul_precision("highest"):
+        expected, actual = (
+            np.asarray(jax.jit(program, static_argnums=0)(name, case.cast(case.x), y))
+            for name in ("reference", "triton")
+        )
+    assert cases.relative_error(actual, expected.astype(np.float64)) <= TOLERANCE[dtype]
+    unchanged = case.adapter_of_token < 0
+    assert actual[unchanged].tobytes() == np.asarray(y)[unchanged].tobytes()
