@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax import Array
+from jax import Array, lax
 from jax.typing import DTypeLike
 from jaxtyping import Float, Int32
 
@@ -97,6 +97,22 @@ def moe_workspace_shapes(
     )
 
 
+def linear(
+    x: Float[Array, "tokens in"], weight: Float[Array, "out in"], *, dtype: DTypeLike | None = None
+) -> Float[Array, "tokens out"]:
+    """``x · weightᵀ``, accumulated in float32 and rounded once.
+
+    Args:
+        x: in the compute dtype.
+        weight: in the compute dtype.
+        dtype: of the result; that of ``x`` unless given.
+    """
+    # A GPU would round float32 operands to TF32, which has the precision of float16.
+    precision = lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
+    y = jnp.einsum("ti,oi->to", x, weight, precision=precision, preferred_element_type=jnp.float32)
+    return y.astype(dtype or x.dtype)
+
+
 def moe_lora(
     x: Float[Array, "tokens hidden"],
     params: MoeParams,
@@ -129,7 +145,7 @@ def moe_lora(
     Returns:
         The layer's output in the dtype of ``x``, without the residual.
     """
-    logits = jnp.einsum("th,eh->te", x, params.router[layer], preferred_element_type=jnp.float32)
+    logits = linear(x, params.router[layer], dtype=jnp.float32)
     experts, weights = route(
         logits,
         top_k=config.top_k,

@@ -15,7 +15,7 @@ from jaxtyping import Float, Int32
 
 from moelora_jax.buckets import Batch
 from moelora_jax.config import ModelConfig
-from moelora_jax.moe import MoeParams, moe_lora
+from moelora_jax.moe import MoeParams, linear, moe_lora
 from moelora_jax.workspace import DENSE_TILE_ROWS, KVCache, Workspace
 from moelora_kernels import (
     ExpertPages,
@@ -119,11 +119,6 @@ def rotate(
     first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
     rotated = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
     return rotated.astype(x.dtype)
-
-
-def linear(x: Float[Array, "tokens in"], weight: Float[Array, "out in"]) -> Array:
-    """``x · weightᵀ``, accumulated in float32 and rounded to the dtype of ``x``."""
-    return jnp.einsum("ti,oi->to", x, weight, preferred_element_type=jnp.float32).astype(x.dtype)
 
 
 class LinearStack(nnx.Module):

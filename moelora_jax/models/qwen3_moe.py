@@ -24,6 +24,7 @@ from moelora_jax.models.layers import (
     random_param,
     rms_norm,
 )
+from moelora_jax.moe import linear
 from moelora_jax.workspace import KVCache, Workspace
 
 ARCHITECTURE = "Qwen3MoeForCausalLM"
@@ -81,7 +82,7 @@ class Qwen3Moe(nnx.Module):
     def logits(self, hidden: Float[Array, "rows hidden"]) -> Float[Array, "rows vocab"]:
         """Scores of the next token, float32."""
         head = self.embedding if self.head is None else self.head
-        return jnp.einsum("th,vh->tv", hidden, head[...], preferred_element_type=jnp.float32)
+        return linear(hidden, head[...], dtype=jnp.float32)
 
     def _is_moe(self, layer: int) -> bool:
         return layer in self.config.moe_layers

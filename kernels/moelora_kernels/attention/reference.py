@@ -2,7 +2,7 @@
 
 import jax
 import jax.numpy as jnp
-from jax import Array
+from jax import Array, lax
 
 from moelora_kernels.buffers import new_buffer
 from moelora_kernels.tiles import TileRows, for_each_tile
@@ -36,19 +36,22 @@ def paged_attention(
         position = jnp.where(window.valid, window.take(positions), 0)
         context = jnp.arange(keys.shape[0], dtype=jnp.int32)
 
-        scores = jnp.einsum(
-            "qhgd,khd->hgqk", query, keys, preferred_element_type=jnp.float32
-        ) * jnp.float32(scale)
+        scores = _einsum("qhgd,khd->hgqk", query, keys) * jnp.float32(scale)
         visible = context[None, :] <= position[:, None]
         scores = jnp.where(visible, scores, -jnp.inf)
         weights = jax.nn.softmax(scores, axis=-1).astype(queries.dtype)
         # A zero weight does not undo a NaN in a position that was never written.
         values = jnp.where((context <= jnp.max(position))[:, None, None], values, 0)
-        value = jnp.einsum(
-            "hgqk,khd->qhgd", weights, values, preferred_element_type=jnp.float32
-        ).reshape(window.size, heads, head_dim)
+        value = _einsum("hgqk,khd->qhgd", weights, values).reshape(-1, heads, head_dim)
         where = jax.ds(window.start, window.size)
         out[where] = jnp.where(window.valid[:, None, None], value.astype(out.dtype), out[where])
 
     for_each_tile(query_tiles, tile)
     return out[...]
+
+
+def _einsum(subscripts: str, a: Array, b: Array) -> Array:
+    """In float32; on a GPU, float32 operands would otherwise be rounded to TF32."""
+    return jnp.einsum(
+        subscripts, a, b, precision=lax.Precision.HIGHEST, preferred_element_type=jnp.float32
+    )

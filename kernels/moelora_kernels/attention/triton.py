@@ -20,7 +20,7 @@ BLOCK_CONTEXT = 64
 BUSY_PROGRAMS = 264
 #: Most programs that share one context.
 MAX_SPLITS = 32
-#: Columns behind the sums of a partial result: its maximum, its weights' sum, and two for alignment.
+#: Columns behind the values of a partial result: its maximum, its sum of weights, two to align.
 EXTRA_COLUMNS = 4
 
 

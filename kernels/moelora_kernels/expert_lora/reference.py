@@ -15,6 +15,11 @@ from moelora_kernels.tiles import TileRows, for_each_tile
 from moelora_kernels.types import PAGE_ROWS, Buffer, SitePages, TokenSort
 
 
+def matmul(a: Array, b: Array) -> Array:
+    """``a · b`` in float32; on a GPU, float32 operands would otherwise be rounded to TF32."""
+    return jnp.dot(a, b, precision=lax.Precision.HIGHEST, preferred_element_type=jnp.float32)
+
+
 def activate(gate: Array, up: Array, activation: str) -> Array:
     """The gated activation, in float32."""
     if activation == "silu":
@@ -46,7 +51,7 @@ def shrink(
                 scaling: Array = scaling,
             ) -> None:
                 a = site.a_pool[site.table[layer, 0, adapter, number, expert]]
-                value = jnp.dot(x, a.T, preferred_element_type=jnp.float32) * scaling
+                value = matmul(x, a.T) * scaling
                 where = (
                     index,
                     jax.ds(window.start, window.size),
@@ -84,7 +89,7 @@ def add_expand(
         def page(number: Array, total: Array) -> Array:
             b = site.b_pool[site.table[layer, 1, adapter, number, expert]]
             z = lax.dynamic_slice_in_dim(rank_rows, number * PAGE_ROWS, PAGE_ROWS, axis=1)
-            return total + jnp.dot(z, b, preferred_element_type=jnp.float32)
+            return total + matmul(z, b)
 
         before = accumulator[where]
         after = lax.fori_loop(0, _num_pages(site, layer, adapter, expert), page, before)
@@ -113,7 +118,7 @@ def grouped_matmul(
         window = TileRows(first, end, tile_rows, num_rows)
         x = window.take(rows)
         for part in range(weight.shape[2]):
-            value = jnp.dot(x, weight[layer, expert, part].T, preferred_element_type=jnp.float32)
+            value = matmul(x, weight[layer, expert, part].T)
             where = (part, jax.ds(window.start, window.size))
             accumulator[where] = jnp.where(window.valid[:, None], value, accumulator[where])
 
