@@ -46,6 +46,8 @@ clean: ## Remove .venv, caches and builds
 $(VENV)/.setup: pyproject.toml | $(UV)
 	@echo 'Installing moelora-jax, its tests and its linters into $(VENV); the first time this takes minutes.'
 	@$(INSTALL) --editable '.[test,lint]'
+	@$(INSTALL) --no-deps --target $(VENV)/h200 $$($(BIN)/python -c \
+	    'import jax; print(*(f"jax-cuda13-{part}=={jax.__version__}" for part in ("plugin", "pjrt")))')
 	@touch $@ $(VENV)/.setup-demo
 
 $(VENV)/.setup-demo: pyproject.toml | $(UV)

@@ -46,7 +46,7 @@ def tile_heights(rows_per_expert: float) -> list[int]:
     if rows_per_expert <= 16:
         return [16]
     if rows_per_expert <= 48:
-        return [16, 32, 64]
+        return [32, 64]
     return [64, 128]
 
 
@@ -54,30 +54,37 @@ def gemm_candidates(tile_rows: int, halves: int, tokens: int) -> list[GemmTiles]
     """Tiles for a product with ``halves`` weight matrices, that fit into shared memory."""
     sizes: Any
     if tile_rows <= 16:
-        blocks = (16, 32, 64) if halves == 2 else (16, 32, 64, 128)
+        blocks = (32, 64) if halves == 2 else (64, 128)
         sizes = itertools.product(blocks, (128, 256), (4,), (3, 4))
     elif tile_rows <= 32:
-        sizes = itertools.product((32, 64, 128), (64, 128), (4,), (3, 4))
+        sizes = itertools.product((64, 128), (64, 128), (4,), (3, 4))
+    elif halves == 2:
+        sizes = [(64, 64, 4, 4), (128, 64, 4, 3), (128, 64, 8, 3), (128, 64, 8, 4)]
     else:
-        blocks = (64, 128) if halves == 2 else (64, 128, 256)
-        sizes = itertools.product(blocks, (64,), (4, 8), (3, 4))
-    stacks = (4,) if tokens < 128 else (4, 8)
+        sizes = [
+            (128, 64, 4, 3),
+            (128, 64, 4, 4),
+            (128, 64, 8, 4),
+            (256, 64, 8, 3),
+            (256, 64, 8, 4),
+        ]
+    stacks = (4,) if tokens < 128 else (8,) if tokens < 4096 else (4, 8)
     return [
         GemmTiles(block_n, block_k, num_warps, num_stages, stack)
         for (block_n, block_k, num_warps, num_stages), stack in itertools.product(sizes, stacks)
-        if 16 * 1024
-        <= num_stages * block_k * 2 * (max(tile_rows, 16) + halves * block_n)
-        <= SHARED_MEMORY
-        # Accumulators of more columns do not fit into the registers.
+        if num_stages * block_k * 2 * (max(tile_rows, 16) + halves * block_n) <= SHARED_MEMORY
+        # The sums must leave registers for the rest.
         and max(tile_rows, 16) * block_n * halves <= 128 * 32 * num_warps
     ]
 
 
 def shrink_candidates(rows_per_expert: float) -> list[ShrinkTiles]:
-    rows = [ShrinkTiles(block_k, warps, 1) for block_k in (256, 512) for warps in (2, 4)]
+    sizes = ((256, 4), (512, 4), (1024, 8), (2048, 8))
+    rows = [ShrinkTiles(block_k, warps, 1) for block_k, warps in sizes]
     runs = [
         ShrinkTiles(block_k, warps, stages, run_rows=16, slots=slots)
-        for block_k, warps, stages, slots in itertools.product((256,), (1, 2, 4), (1, 3), (2, 4, 8))
+        for block_k, warps, stages in ((256, 1, 3), (256, 2, 3), (256, 4, 3), (512, 4, 3))
+        for slots in (4, 8)
     ]
     if rows_per_expert < 4:
         return rows
@@ -101,7 +108,7 @@ def measure_height(work: Workload, tile_rows: int) -> dict[str, list[tuple[float
         for op, group in candidates.items()
         for tiles in group
         for lora in ((True,) if op.endswith("shrink") else (True, False))
-        if lora or tiles.stack == 4
+        if lora or tiles.stack == group[0].stack
     ]
     gate, up, last = work.pages
 
@@ -164,7 +171,7 @@ def measure_height(work: Workload, tile_rows: int) -> dict[str, list[tuple[float
     results: dict[str, list[Any]] = {op: [] for op in candidates}
     for op, tiles, us in with_lora:
         is_gemm = isinstance(tiles, GemmTiles)
-        base_us = base[op, replace(tiles, stack=4)] if is_gemm else 0.0
+        base_us = base[op, replace(tiles, stack=candidates[op][0].stack)] if is_gemm else 0.0
         results[op].append((us, base_us, tiles))
     return results
 

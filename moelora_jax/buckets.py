@@ -17,6 +17,7 @@ import jax.monitoring
 import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
+from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from moelora_jax.config import Bucket, BucketConfig
@@ -243,7 +244,8 @@ class Programs:
             TextColumn("{task.description}"),
             TimeElapsedColumn(),
         )
-        with Progress(*columns, disable=not progress or not missing) as bar:
+        console = Console(stderr=True)
+        with Progress(*columns, console=console, disable=not progress or not missing) as bar:
             task = bar.add_task("", total=len(missing))
             for key in missing:
                 adapters = "with adapters" if key.lora else "base only"

@@ -17,6 +17,7 @@ from moelora_kernels import (
     combine,
     down,
     gate_up,
+    one_token_experts,
     route,
     shrink,
     sort_tokens,
@@ -200,6 +201,25 @@ def moe_experts(
     if implementation == "reference":
         rows = tile_rows(pairs, config.num_experts)
     else:
+        if tokens == 1:
+            return one_token_experts(
+                x,
+                experts,
+                weights,
+                num_tokens,
+                params.gate_up,
+                params.down,
+                layer,
+                activation=config.activation,
+                scaling=config.routed_scaling,
+                adapter_of_token=adapter_of_token,
+                pages=pages,
+                gate_up_ranks=workspace.gate_up_ranks,
+                hidden=workspace.hidden,
+                down_ranks=workspace.down_ranks,
+                out=out,
+                implementation=implementation,
+            )
         tiles = tiles or moe_tiles(
             num_experts=config.num_experts,
             top_k=top_k,

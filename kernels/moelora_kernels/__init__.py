@@ -8,6 +8,7 @@ from moelora_kernels.attention.api import paged_attention, query_tiles, write_ca
 from moelora_kernels.combine.api import combine
 from moelora_kernels.dense_lora.api import dense_lora
 from moelora_kernels.expert_lora.api import down, gate_up, shrink
+from moelora_kernels.one_token.api import one_token_experts
 from moelora_kernels.router.api import route
 from moelora_kernels.sort.api import sort_tokens, token_sort_shapes
 from moelora_kernels.types import PAGE_ROWS, Buffer, ExpertPages, SitePages, TokenSort
@@ -22,6 +23,7 @@ __all__ = [
     "dense_lora",
     "down",
     "gate_up",
+    "one_token_experts",
     "paged_attention",
     "query_tiles",
     "route",

@@ -118,6 +118,16 @@ def jax_triton() -> Any:
         nvidia_driver.TMA_TF32 = 11
     import jax_triton as module
 
+    # JAX 0.12 gives this rule one more argument than jax-triton 0.4.1 takes. It says that a launch
+    # needs all of its operands.
+    if jax.__version_info__ >= (0, 12):
+        from jax._src.interpreters import partial_eval
+        from jax_triton.triton_lib import triton_kernel_call_p
+
+        partial_eval.dce_rules[triton_kernel_call_p] = lambda _, __, equation: (
+            [True] * len(equation.invars),
+            equation,
+        )
     return module
 
 

@@ -46,7 +46,9 @@ def group_tiles(counts: Array, tile_rows: int, num_tiles: int) -> tuple[Array, A
     tiles_of_group = -(-counts // tile_rows)
     tile_end = jnp.cumsum(tiles_of_group, dtype=jnp.int32)
     tile = jnp.arange(num_tiles, dtype=jnp.int32)
-    group = jnp.searchsorted(tile_end, tile, side="right").astype(jnp.int32)
+    # Comparing all is one kernel on a GPU; a search is a loop, which is better for thousands.
+    method = "compare_all" if counts.shape[0] * num_tiles <= 2**16 else "scan"
+    group = jnp.searchsorted(tile_end, tile, side="right", method=method).astype(jnp.int32)
     used = group < counts.shape[0]
     group = jnp.where(used, group, 0)
     first_tile = tile_end[group] - tiles_of_group[group]

@@ -284,7 +284,7 @@ class _Scalings(NamedTuple):
     """A way to write the scalings: alpha over rank, or over its root; and how well it fits."""
 
     use_rslora: bool
-    alphas: list[float]
+    alphas: list[int | float]
     num_exact: int
     num_integers: int
 
@@ -327,7 +327,7 @@ def _scalings(modules: Iterable[_Module], use_rslora: bool) -> _Scalings:
     return _Scalings(use_rslora, alphas, exact, sum(isinstance(alpha, int) for alpha in alphas))
 
 
-def _alpha(scaling: float, divisor: float) -> float:
+def _alpha(scaling: float, divisor: int | float) -> int | float:
     """The alpha that gives a scaling: an integer if one does, else the closest number."""
     product = float(scaling) * divisor
     neighbours = (np.nextafter(product, -np.inf), np.nextafter(product, np.inf))
@@ -338,16 +338,16 @@ def _alpha(scaling: float, divisor: float) -> float:
 
 
 def _pattern(
-    modules: Sequence[_Module], values: Sequence[float], default: float
-) -> dict[str, float]:
+    modules: Sequence[_Module], values: Sequence[int | float], default: int | float
+) -> dict[str, int | float]:
     """Regular expressions of the modules whose value is not the default one.
 
     No two of them match the same module, so that a tool which sorts them does no harm.
     """
-    values_of: dict[str, set[float]] = defaultdict(set)
+    values_of: dict[str, set[int | float]] = defaultdict(set)
     for module, value in zip(modules, values, strict=True):
         values_of[module.short_name].add(value)
-    experts_of: dict[tuple[str, float], list[str]] = defaultdict(list)
+    experts_of: dict[tuple[str, int | float], list[str]] = defaultdict(list)
     for module, value in zip(modules, values, strict=True):
         if value != default:
             uniform = len(values_of[module.short_name]) == 1

@@ -1,15 +1,13 @@
 """The command ``moelora``."""
 
-from importlib.metadata import version
-from typing import Annotated
+from importlib.metadata import PackageNotFoundError, version
+from typing import Annotated, Any
 
+import rich
 import typer
 from typer.core import TyperGroup
 
-from moelora_jax.cli.demo import demo
-from moelora_jax.cli.generate import generate
-from moelora_jax.cli.inspect import inspect
-from moelora_jax.cli.score import score
+from moelora_jax.cli import demo, generate, inspect, score
 from moelora_jax.errors import MoeLoraError
 
 __all__ = ["app"]
@@ -18,7 +16,7 @@ __all__ = ["app"]
 class _Commands(TyperGroup):
     """The commands; an error that the user can mend is one line, not a traceback."""
 
-    def invoke(self, ctx: typer.Context) -> object:
+    def invoke(self, ctx: Any) -> Any:
         try:
             return super().invoke(ctx)
         except (MoeLoraError, OSError) as error:
@@ -29,7 +27,7 @@ class _Commands(TyperGroup):
 app = typer.Typer(
     cls=_Commands,
     no_args_is_help=True,
-    rich_markup_mode="rich",
+    rich_markup_mode="markdown",
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
@@ -37,7 +35,11 @@ app = typer.Typer(
 
 def _print_version(wanted: bool) -> None:
     if wanted:
-        typer.echo(f"moelora {version('moelora-jax')}")
+        try:
+            number = version("moelora-jax")
+        except PackageNotFoundError:
+            number = "of a checkout that is not installed"
+        typer.echo(f"moelora {number}")
         raise typer.Exit
 
 
@@ -55,56 +57,54 @@ def _moelora(
     Results go to stdout or to the file that you name, progress and errors to stderr. The exit code
     is 0 if all went well.
     """
+    rich.reconfigure(stderr=True)  # Where rich's own console, and so every progress bar, prints.
 
 
 _FILES = """A model is a folder of transformers: config.json and safetensors. An adapter is a folder
 of PEFT: adapter_config.json and adapter_model.safetensors."""
 
 app.command(
-    epilog="""[bold]Examples[/bold]
+    epilog="""**Examples**
 
     moelora demo
-
     moelora demo --folder demo && ls demo
-    """
-)(demo)
+"""
+)(demo.demo)
 app.command(
-    epilog=f"""[bold]Example[/bold]
+    epilog=f"""**Example**
 
-    moelora score --model qwen --adapter fr=adapters/french --input rows.jsonl --output out.safetensors
+    moelora score --model qwen --adapter fr=french \\
+        --input rows.jsonl --output out.safetensors
 
-    with rows.jsonl, one object per line:
+With rows.jsonl, one object per line:
 
     {{"tokens": [9707, 11], "adapter": "fr"}}
-
     {{"tokens": [9707, 11], "adapter": null}}
 
-    {_FILES}
-    """
-)(score)
+{_FILES}
+"""
+)(score.score)
 app.command(
-    epilog=f"""[bold]Examples[/bold]
+    epilog=f"""**Examples**
 
-    moelora generate --model qwen --adapter fr=adapters/french --input rows.jsonl --max-new-tokens 32
+    moelora generate --model qwen --adapter fr=french \\
+        --input rows.jsonl --max-new-tokens 32
+    moelora generate --model qwen --input rows.jsonl \\
+        --temperature 0.7 --output out.jsonl
 
-    moelora generate --model qwen --input rows.jsonl --temperature 0.7 --top-p 0.9 --output out.jsonl
-
-    with rows.jsonl, one object per line:
+With rows.jsonl, one object per line:
 
     {{"text": "Once upon a time", "adapter": "fr"}}
-
     {{"tokens": [9707, 11]}}
 
-    {_FILES}
-    """
-)(generate)
+{_FILES}
+"""
+)(generate.generate)
 app.command(
-    epilog="""[bold]Examples[/bold]
+    epilog="""**Examples**
 
-    moelora inspect adapters/french
-
-    moelora inspect adapters/french --model qwen
-
-    moelora inspect adapters/french --model qwen --json | jq .fits
-    """
-)(inspect)
+    moelora inspect french
+    moelora inspect french --model qwen
+    moelora inspect french --model qwen --json | jq .fits
+"""
+)(inspect.inspect)

@@ -92,7 +92,7 @@ def generate(
     else:
         with new_file(output) as new:
             new.write_text(lines, encoding="utf-8")
-    stderr().print(f"Continued {job.summary}", soft_wrap=True)
+    typer.echo(f"Continued {job.summary}", err=True)
 
 
 def _line(job: Job, completion: Completion) -> str:

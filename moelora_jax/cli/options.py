@@ -58,8 +58,7 @@ MaxAdaptersOption = Annotated[
     typer.Option(
         min=1,
         rich_help_panel=_LIMITS,
-        help="Adapters on the device at once; the others wait in host memory.  "
-        "[dim]\\[default: all][/dim]",
+        help="Adapters on the device at once, all by default; the others wait in host memory.",
     ),
 ]
 MaxBatchRowsOption = Annotated[

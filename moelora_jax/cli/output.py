@@ -2,12 +2,14 @@
 
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from rich import box
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
 
 from moelora_jax.errors import RequestError
 
@@ -31,6 +33,14 @@ def progress_bar(description: str) -> Progress:
         TimeElapsedColumn(),
         console=stderr(),
     )
+
+
+def make_table(title: str, *columns: str, numbers: Collection[str] = ()) -> Table:
+    """A table for people; the columns named in ``numbers`` are aligned to the right."""
+    table = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD)
+    for column in columns:
+        table.add_column(column, justify="right" if column in numbers else "left", overflow="fold")
+    return table
 
 
 def check_output(path: Path) -> None:

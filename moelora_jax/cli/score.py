@@ -54,4 +54,4 @@ def score(
         logits = job.llm.score(job.prompts)
     with new_file(output) as new:
         save_file({f"logits.{i}": row for i, row in enumerate(logits)}, new)
-    stderr().print(f"Scored {job.summary}: {output}", soft_wrap=True)
+    typer.echo(f"Scored {job.summary}: {output}", err=True)

@@ -23,6 +23,7 @@ from hypothesis import strategies as st
 from moelora_kernels import PAGE_ROWS, ExpertPages, SitePages, TokenSort
 
 DType = Literal["float32", "bfloat16"]
+DTYPES: tuple[DType, ...] = ("float32", "bfloat16")
 Activation = Literal["silu", "clamped_swiglu"]
 
 #: Cases have two stacked layers, of which this one is used.
@@ -294,18 +295,18 @@ class LayerSpec:
     seed: int = 0
 
 
+def variants(shapes: Sequence, dtypes: Sequence[DType]) -> list[tuple]:
+    """Shapes with the first dtype, and every other shape with the second: each is a compilation."""
+    return [*itertools.product(shapes, dtypes[:1]), *itertools.product(shapes[1::2], dtypes[1:])]
+
+
 @st.composite
 def layer_specs(
     draw: st.DrawFn,
     shapes: Sequence[Shape] = SHAPES,
-    dtypes: Sequence[DType] = ("float32", "bfloat16"),
+    dtypes: Sequence[DType] = DTYPES,
 ) -> LayerSpec:
-    # Each pair is a compilation, so the second dtype gets only every other shape.
-    variants = [
-        *itertools.product(shapes, dtypes[:1]),
-        *itertools.product(shapes[1::2], dtypes[1:]),
-    ]
-    shape, dtype = draw(st.sampled_from(variants))
+    shape, dtype = draw(st.sampled_from(variants(shapes, dtypes)))
     return LayerSpec(
         shape,
         dtype=dtype,
@@ -667,9 +668,9 @@ class AttentionSpec:
 
 
 @st.composite
-def prefill_specs(draw: st.DrawFn, dtypes: Sequence[DType]) -> AttentionSpec:
+def prefill_specs(draw: st.DrawFn, dtypes: Sequence[DType] = DTYPES) -> AttentionSpec:
     """First and later chunks of prompts, and single tokens, in one batch."""
-    shape = draw(st.sampled_from(PREFILL_SHAPES))
+    shape, dtype = draw(st.sampled_from(variants(PREFILL_SHAPES, dtypes)))
     lengths, left = [], shape.tokens
     for _ in range(shape.sequences):
         new = draw(st.integers(0, min(left, shape.max_length)))
@@ -677,18 +678,18 @@ def prefill_specs(draw: st.DrawFn, dtypes: Sequence[DType]) -> AttentionSpec:
         lengths.append((earlier, new))
         left -= new
     seed = draw(st.integers(0, 2**32 - 1))
-    return AttentionSpec(shape, tuple(lengths), draw(st.sampled_from(dtypes)), seed)
+    return AttentionSpec(shape, tuple(lengths), dtype, seed)
 
 
 @st.composite
-def decode_specs(draw: st.DrawFn, dtypes: Sequence[DType]) -> AttentionSpec:
+def decode_specs(draw: st.DrawFn, dtypes: Sequence[DType] = DTYPES) -> AttentionSpec:
     """One token for each sequence; the last sequences may be unused slots."""
-    shape = draw(st.sampled_from(DECODE_SHAPES))
+    shape, dtype = draw(st.sampled_from(variants(DECODE_SHAPES, dtypes)))
     used = draw(st.integers(0, shape.sequences))
     earlier = st.integers(0, shape.max_length - 1)
     lengths = [(draw(earlier), 1) for _ in range(used)] + [(0, 0)] * (shape.sequences - used)
     seed = draw(st.integers(0, 2**32 - 1))
-    return AttentionSpec(shape, tuple(lengths), draw(st.sampled_from(dtypes)), seed)
+    return AttentionSpec(shape, tuple(lengths), dtype, seed)
 
 
 class AttentionCase:

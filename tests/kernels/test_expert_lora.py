@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 
 from moelora_kernels import ExpertPages, down, gate_up, shrink
 from tests.kernels.cases import (
+    DTYPES,
     ONE_TOKEN,
     SQUARE,
     TOP_8,
@@ -22,7 +23,6 @@ from tests.kernels.cases import (
     Activation,
     LayerCase,
     LayerSpec,
-    Shape,
     assert_close,
     assert_same_bits,
     compiled,
@@ -33,8 +33,6 @@ from tests.kernels.cases import (
 
 #: Rows of a full tile, for each shape; more than there are rows at all for one token.
 TILE_ROWS = {ONE_TOKEN: 16, TOP_8: 4, WIDE: 16, SQUARE: 8}
-
-DTYPES = ("float32", "bfloat16")
 
 #: Rows by which buffers are larger than needed.
 EXTRA = 3
@@ -172,16 +170,15 @@ def test_down(spec: LayerSpec) -> None:
     assert_close(run_down(case, hidden, ranks), expected, "float32")
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_biases_and_clamped_swiglu(dtype: str) -> None:
-    case = LayerCase(LayerSpec(WIDE, dtype=dtype, num_tokens=32))
+def test_biases_and_clamped_swiglu() -> None:
+    case = LayerCase(LayerSpec(WIDE, num_tokens=32))
     # Large enough for the clamp to matter.
     case.x = case.x * 8
     ranks = rank_inputs(case, ("gate", "up"), case.token_rows())
     expected = case.gated_hidden(ranks, "clamped_swiglu", bias=True)
     assert np.abs(expected).max() > 7
     hidden = run_gate_up(case, ranks, activation="clamped_swiglu", bias=True)
-    assert_close(hidden, expected, dtype)
+    assert_close(hidden, expected, "float32")
 
     rows = case.hidden_rows()
     ranks = rank_inputs(case, ("down",), rows)
@@ -209,9 +206,8 @@ def test_down_in_another_dtype_is_rounded_once() -> None:
     )
 
 
-@pytest.mark.parametrize("shape", [TOP_8, WIDE])
-def test_base_model(shape: Shape) -> None:
-    case = LayerCase(LayerSpec(shape, num_tokens=shape.tokens - 1))
+def test_base_model() -> None:
+    case = LayerCase(LayerSpec(TOP_8, num_tokens=6))
     assert_close(run_gate_up(case, None), case.gated_hidden(None, "silu", bias=False), "float32")
     hidden = case.hidden_rows()
     expected = case.expert_outputs(hidden, None, bias=False)
@@ -261,7 +257,11 @@ def test_the_same_bits_again(dtype: str) -> None:
     case = LayerCase(LayerSpec(TOP_8, dtype=dtype, num_tokens=6))
     first = every_kernel(case)
     assert_same_bits(every_kernel(case), first)
-    assert_same_bits(every_kernel(case, in_place=False), first)
+
+
+def test_given_buffers_make_no_difference() -> None:
+    case = LayerCase(LayerSpec(TOP_8, dtype="bfloat16", num_tokens=6))
+    assert_same_bits(every_kernel(case, in_place=False), every_kernel(case))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -1,6 +1,7 @@
 """Token sort: order, inverse and tile maps."""
 
 import itertools
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax.numpy as jnp
@@ -49,8 +50,8 @@ class SortCase(NamedTuple):
 
 
 @st.composite
-def sort_cases(draw: st.DrawFn) -> SortCase:
-    shape = draw(st.sampled_from(SHAPES))
+def sort_cases(draw: st.DrawFn, shapes: Sequence[SortShape] = SHAPES) -> SortCase:
+    shape = draw(st.sampled_from(shapes))
     num_tokens = draw(st.integers(0, shape.tokens) | st.just(shape.tokens))
     # From a random upper bound on, so that skewed routing and a single adapter are common.
     expert = st.integers(0, draw(st.integers(0, shape.num_experts - 1)))
@@ -136,7 +137,7 @@ def test_order_and_tiles(case: SortCase) -> None:
 
 
 @settings(max_examples=20)
-@given(case=sort_cases())
+@given(case=sort_cases(SHAPES[1:3]))
 def test_given_buffers_make_no_difference(case: SortCase) -> None:
     fresh = run(case, None)
     needed = shapes_of(case.shape)
@@ -146,7 +147,7 @@ def test_given_buffers_make_no_difference(case: SortCase) -> None:
         assert_same_bits(one, np.asarray(other)[: len(one)])
 
 
-@pytest.mark.parametrize("shape", SHAPES[:3])
+@pytest.mark.parametrize("shape", SHAPES[1:3])
 def test_a_smaller_batch_leaves_no_entry_of_a_larger_one(shape: SortShape) -> None:
     rng = np.random.default_rng(0)
     experts = rng.integers(0, shape.num_experts, (shape.tokens, shape.top_k)).astype(np.int32)

@@ -26,6 +26,8 @@ from moelora_kernels.types import PAGE_ROWS, Buffer, SitePages, TokenSort
 WINDOW_ROWS = 16
 #: Longer runs are cut here, for programs to share.
 CUT_ROWS = 128
+#: Tiles up to this height have registers left to load the first pages before the products begin.
+EARLY_ROWS = 32
 
 
 def shrink(
@@ -181,9 +183,8 @@ def _expand_constants(
     tiles: GemmTiles, rank_activations: Buffer | None, site: SitePages | None
 ) -> dict[str, int]:
     if rank_activations is None or site is None:
-        return {
-            name: 0 for name in ("NUM_ADAPTERS", "MAX_PAGES", "Z_ROWS", "Z_COLUMNS", "STACK")
-        } | {"PAGE_ROWS": PAGE_ROWS}
+        names = ("NUM_ADAPTERS", "MAX_PAGES", "Z_ROWS", "Z_COLUMNS", "STACK", "PAGE_ROWS")
+        return dict.fromkeys((*names, "EARLY_ROWS"), 0)
     return {
         "NUM_ADAPTERS": site.table.shape[2],
         "MAX_PAGES": site.table.shape[3],
@@ -191,6 +192,7 @@ def _expand_constants(
         "Z_COLUMNS": rank_activations.shape[2],
         "STACK": tiles.stack,
         "PAGE_ROWS": PAGE_ROWS,
+        "EARLY_ROWS": EARLY_ROWS,
     }
 
 
@@ -239,19 +241,19 @@ def shrink_rows(
         factor = (layer * NUM_ADAPTERS + adapter) * NUM_EXPERTS + expert
         # A branch per site keeps the alignment of each pool known to the compiler.
         if site == 0:
-            _shrink_row(
+            shrink_row(
                 x_ptr, pool_0_ptr, table_0_ptr + entry, scaling_0_ptr + factor, z_ptr,
                 WIDTH, PAGE_ROWS, BLOCK_K,
             )  # fmt: skip
         elif pool_1_ptr is not None:
-            _shrink_row(
+            shrink_row(
                 x_ptr, pool_1_ptr, table_1_ptr + entry, scaling_1_ptr + factor, z_ptr,
                 WIDTH, PAGE_ROWS, BLOCK_K,
             )  # fmt: skip
 
 
 @triton.jit
-def _shrink_row(
+def shrink_row(
     x_ptr,
     pool_ptr,
     entry_ptr,
@@ -522,6 +524,17 @@ def add_rest(
 
 
 @triton.jit
+def activate(gate, up, ACTIVATION: tl.constexpr):
+    """The gated activation of float32 sums."""
+    if ACTIVATION == "silu":
+        return gate * tl.sigmoid(gate) * up
+    # NaN must stay NaN, as in the reference.
+    gate = tl.minimum(gate, 7.0, propagate_nan=tl.PropagateNan.ALL)
+    up = tl.clamp(up, -7.0, 7.0, propagate_nan=tl.PropagateNan.ALL)
+    return (up + 1.0) * gate * tl.sigmoid(1.702 * gate)
+
+
+@triton.jit
 def gate_up_tiles(
     x_ptr,
     weight_ptr,
@@ -551,6 +564,7 @@ def gate_up_tiles(
     Z_COLUMNS: tl.constexpr,
     STACK: tl.constexpr,
     PAGE_ROWS: tl.constexpr,
+    EARLY_ROWS: tl.constexpr,
 ):
     """One tile of rows and ``BLOCK_N`` intermediate columns per program: both halves, then activation."""
     NUM_BLOCKS: tl.constexpr = (INTERMEDIATE + BLOCK_N - 1) // BLOCK_N
@@ -587,6 +601,16 @@ def gate_up_tiles(
             )  # fmt: skip
             gate_pages = most_pages(adapter, gate_table_ptr + entry, NUM_EXPERTS, MAX_PAGES)
             up_pages = most_pages(adapter, up_table_ptr + entry, NUM_EXPERTS, MAX_PAGES)
+            up_z_ptr = z_ptr + Z_ROWS * Z_COLUMNS
+            if BLOCK_M <= EARLY_ROWS:
+                gate_z, gate_b = load_stacked(
+                    gate_row, rank_column, mine, rows, columns, z_ptr, gate_pool_ptr,
+                    INTERMEDIATE, PAGE_ROWS, Z_COLUMNS,
+                )  # fmt: skip
+                up_z, up_b = load_stacked(
+                    up_row, rank_column, mine, rows, columns, up_z_ptr, up_pool_ptr,
+                    INTERMEDIATE, PAGE_ROWS, Z_COLUMNS,
+                )  # fmt: skip
         gate = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
         up = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
         for k in range(0, HIDDEN, BLOCK_K):
@@ -607,16 +631,15 @@ def gate_up_tiles(
             up += tl.load(bias_ptr + INTERMEDIATE + column).to(tl.float32)[None, :]
         if z_ptr is not None:
             if num_slots > 0:
-                # The first pages of both halves are loaded together.
-                up_z_ptr = z_ptr + Z_ROWS * Z_COLUMNS
-                gate_z, gate_b = load_stacked(
-                    gate_row, rank_column, mine, rows, columns, z_ptr, gate_pool_ptr,
-                    INTERMEDIATE, PAGE_ROWS, Z_COLUMNS,
-                )  # fmt: skip
-                up_z, up_b = load_stacked(
-                    up_row, rank_column, mine, rows, columns, up_z_ptr, up_pool_ptr,
-                    INTERMEDIATE, PAGE_ROWS, Z_COLUMNS,
-                )  # fmt: skip
+                if BLOCK_M > EARLY_ROWS:
+                    gate_z, gate_b = load_stacked(
+                        gate_row, rank_column, mine, rows, columns, z_ptr, gate_pool_ptr,
+                        INTERMEDIATE, PAGE_ROWS, Z_COLUMNS,
+                    )  # fmt: skip
+                    up_z, up_b = load_stacked(
+                        up_row, rank_column, mine, rows, columns, up_z_ptr, up_pool_ptr,
+                        INTERMEDIATE, PAGE_ROWS, Z_COLUMNS,
+                    )  # fmt: skip
                 gate = tl.dot(gate_z, gate_b, gate, input_precision=PRECISION)
                 up = tl.dot(up_z, up_b, up, input_precision=PRECISION)
                 gate = add_rest(
@@ -629,13 +652,7 @@ def gate_up_tiles(
                     up_table_ptr + entry, up_z_ptr, up_pool_ptr,
                     INTERMEDIATE, NUM_EXPERTS, MAX_PAGES, PAGE_ROWS, Z_COLUMNS, STACK, PRECISION,
                 )  # fmt: skip
-        if ACTIVATION == "silu":
-            hidden = gate * tl.sigmoid(gate) * up
-        else:
-            # NaN must stay NaN, as in the reference.
-            gate = tl.minimum(gate, 7.0, propagate_nan=tl.PropagateNan.ALL)
-            up = tl.clamp(up, -7.0, 7.0, propagate_nan=tl.PropagateNan.ALL)
-            hidden = (up + 1.0) * gate * tl.sigmoid(1.702 * gate)
+        hidden = activate(gate, up, ACTIVATION)
         tl.store(
             out_ptr + rows.to(tl.int64)[:, None] * INTERMEDIATE + columns[None, :],
             hidden.to(out_ptr.dtype.element_ty),
@@ -668,6 +685,7 @@ def down_tiles(
     Z_COLUMNS: tl.constexpr,
     STACK: tl.constexpr,
     PAGE_ROWS: tl.constexpr,
+    EARLY_ROWS: tl.constexpr,
 ):
     """One tile of rows and ``BLOCK_N`` hidden columns per program."""
     NUM_BLOCKS: tl.constexpr = (HIDDEN + BLOCK_N - 1) // BLOCK_N
@@ -696,6 +714,11 @@ def down_tiles(
                 NUM_EXPERTS, MAX_PAGES, PAGE_ROWS, STACK,
             )  # fmt: skip
             num_pages = most_pages(adapter, table_ptr + entry, NUM_EXPERTS, MAX_PAGES)
+            if BLOCK_M <= EARLY_ROWS:
+                z, b = load_stacked(
+                    pool_row, rank_column, mine, rows, columns, z_ptr, pool_ptr,
+                    HIDDEN, PAGE_ROWS, Z_COLUMNS,
+                )  # fmt: skip
         total = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
         for k in range(0, INTERMEDIATE, BLOCK_K):
             if INTERMEDIATE % BLOCK_K == 0:
@@ -711,10 +734,11 @@ def down_tiles(
             total += tl.load(bias_ptr + column).to(tl.float32)[None, :]
         if z_ptr is not None:
             if num_slots > 0:
-                z, b = load_stacked(
-                    pool_row, rank_column, mine, rows, columns, z_ptr, pool_ptr,
-                    HIDDEN, PAGE_ROWS, Z_COLUMNS,
-                )  # fmt: skip
+                if BLOCK_M > EARLY_ROWS:
+                    z, b = load_stacked(
+                        pool_row, rank_column, mine, rows, columns, z_ptr, pool_ptr,
+                        HIDDEN, PAGE_ROWS, Z_COLUMNS,
+                    )  # fmt: skip
                 total = tl.dot(z, b, total, input_precision=PRECISION)
                 total = add_rest(
                     total, STACK, num_slots * num_pages, adapter, slot, num_slots, rows, columns,

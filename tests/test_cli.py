@@ -1,0 +1,338 @@
+"""The command: what it prints and writes, and that bad input is one clear line."""
+
+import json
+import re
+import shlex
+from collections.abc import Iterator
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from jax.experimental.compilation_cache.compilation_cache import reset_cache
+from safetensors.numpy import load_file
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Whitespace
+from typer.testing import CliRunner, Result
+
+from moelora_jax.adapters.pages import PagePool
+from moelora_jax.adapters.reader import read_adapter
+from moelora_jax.cli import app, demo
+from moelora_jax.cli.demo_files import ADAPTERS, MODEL_CONFIG, write_demo
+from moelora_jax.cli.limits import derive_lora
+from moelora_jax.cli.rows import read_rows, read_tokenizer
+from moelora_jax.models import family_of
+
+CONFIG = family_of(MODEL_CONFIG).read_config(MODEL_CONFIG)
+NAMES = family_of(MODEL_CONFIG).module_names
+README = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
+ROWS = 5
+
+
+def run(*arguments: object) -> Result:
+    return CliRunner().invoke(app, [str(argument) for argument in arguments])
+
+
+def error(*arguments: object) -> str:
+    """What a command that must fail says, in one line."""
+    result = run(*arguments)
+    assert result.exit_code == 1, result.output
+    assert result.stdout == ""
+    last = result.stderr.rstrip("\n").rpartition("\n")[2]
+    assert last.startswith("error: "), result.output
+    return last
+
+
+@pytest.fixture(scope="module", autouse=True)
+def fast_compilation(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Compile cheaply, and what two commands have in common only once."""
+    options = {
+        "jax_disable_most_optimizations": True,
+        "jax_compilation_cache_dir": str(tmp_path_factory.mktemp("compiled")),
+    }
+    before = {name: jax.config.values[name] for name in options}
+    for name, value in options.items():
+        jax.config.update(name, value)
+    reset_cache()
+    yield
+    for name, value in before.items():
+        jax.config.update(name, value)
+    reset_cache()
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The files of the demo, in a folder of that name, and a tokenizer of words w0, w1, ..."""
+    folder = tmp_path_factory.mktemp("cli") / "demo"
+    write_demo(folder, rows=ROWS, seed=0)
+    vocabulary = {f"w{i}": i for i in range(CONFIG.vocab_size)}
+    tokenizer = Tokenizer(WordLevel(vocabulary, unk_token="w0"))
+    tokenizer.pre_tokenizer = Whitespace()
+    tokenizer.save(str(folder / "model" / "tokenizer.json"))
+    return folder
+
+
+@pytest.fixture
+def rows(tmp_path: Path) -> Path:
+    return tmp_path / "rows.jsonl"
+
+
+def readme_blocks(language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```", README, flags=re.DOTALL | re.MULTILINE)
+
+
+def readme_command(name: str) -> list[str]:
+    """The arguments of the README's ``moelora NAME``."""
+    lines = "".join(readme_blocks("sh")).replace("\\\n", " ").splitlines()
+    (line,) = [line for line in lines if line.startswith(f"moelora {name}")]
+    return shlex.split(line)[1:]
+
+
+# What works.
+
+
+def test_demo_proves_what_it_claims() -> None:
+    # The sizes are those of the README's commands.
+    result = run("demo", "--rows", ROWS, "--max-new-tokens", 8, "--batches", 10)
+    assert result.exit_code == 0, result.output
+    words = " ".join(result.stdout.split())
+    for expected in (*ADAPTERS, "tokens/s", "KV cache", "0 compilations", "4 of 4 rows differ"):
+        assert expected in words
+    assert "NO" not in words
+
+
+def test_demo_fails_if_a_proof_does(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(demo, "_run", lambda *_: False)
+    assert run("demo").exit_code == 1
+
+
+def test_readme_python(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(folder.parent)
+    names: dict[str, object] = {}
+    for block in readme_blocks("python"):
+        exec(compile(block, "README.md", "exec"), names)
+    assert [len(logits) for logits in names["logits"]] == [3, 3, 2]  # type: ignore[attr-defined]
+
+
+def test_readme_commands(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Scoring and generating the same rows: the first new token is the best of the logits."""
+    monkeypatch.chdir(folder.parent)
+    generated = run(*readme_command("generate"))
+    assert generated.exit_code == 0, generated.output
+    completions = [json.loads(line) for line in generated.stdout.splitlines()]
+    assert [row["adapter"] for row in completions] == [None, *ADAPTERS]
+    assert all(len(row["tokens"]) == 8 for row in completions)
+    for row in completions:
+        assert row["finish_reason"] == "length"
+        assert row["text"].split() == [f"w{token}" for token in row["tokens"]]
+
+    scored = run(*readme_command("score"))
+    assert scored.exit_code == 0, scored.output
+    assert scored.stdout == ""
+    logits = load_file("logits.safetensors")
+    inputs = [json.loads(line) for line in Path("demo/rows.jsonl").read_text().splitlines()]
+    assert logits.keys() == {f"logits.{i}" for i in range(ROWS)}
+    for i, (row, completion) in enumerate(zip(inputs, completions, strict=True)):
+        assert logits[f"logits.{i}"].shape == (len(row["tokens"]), CONFIG.vocab_size)
+        assert logits[f"logits.{i}"].dtype == np.float32
+        assert logits[f"logits.{i}"][-1].argmax() == completion["tokens"][0]
+    assert sorted(path.name for path in Path().iterdir()) == ["demo", "logits.safetensors"]
+
+
+def test_text_is_tokenized(folder: Path, rows: Path) -> None:
+    rows.write_text('{"text": "w7 w8"}\n\n{"tokens": [7, 8]}\n')
+    first, second = read_rows(rows, CONFIG, [], read_tokenizer(folder / "model"))
+    assert first == second
+
+
+def test_score_without_adapters(folder: Path, tmp_path: Path, rows: Path) -> None:
+    rows.write_text('{"tokens": [7, 8]}')
+    output = tmp_path / "out.safetensors"
+    options = ("--model", folder / "model", "--input", rows, "--output", output)
+    result = run("score", *options, "--dtype", "bfloat16")
+    assert result.exit_code == 0, result.output
+    assert load_file(output)["logits.0"].shape == (2, CONFIG.vocab_size)
+
+
+def test_inspect_without_a_model(folder: Path) -> None:
+    result = run("inspect", folder / "adapters/attention-r3")
+    assert result.exit_code == 0
+    assert "3 × 64" in result.stdout
+    assert "fits" not in result.stdout
+
+
+def test_inspect_of_the_readme(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(folder.parent)
+    result = run(*readme_command("inspect"))
+    assert result.exit_code == 0
+    assert "linear+peft_fused" in result.stdout
+    assert "\nfits: every tensor has a place" in result.stdout
+
+
+@pytest.mark.parametrize("name", ADAPTERS)
+def test_inspect_counts_what_the_pool_packs(folder: Path, name: str) -> None:
+    sites = CONFIG.lora_sites()
+    adapter = read_adapter(folder / "adapters" / name, sites, module_names=NAMES)
+    options = ("--model", folder / "model", "--json", "--dtype", "float32")
+    report = json.loads(run("inspect", folder / "adapters" / name, *options).stdout)
+    assert report["fits"] is True
+    assert report["layout"] == adapter.layout
+    assert report["parameters"] == adapter.num_parameters
+    pool = PagePool(sites, derive_lora(sites, [adapter]), np.float32)
+    packed = pool.pack(adapter)
+    pages = {page["width"]: page for page in report["pages"]}
+    for width, count in packed.pages_by_width.items():
+        assert pages[width]["needed"] == count
+    assert sum(page["bytes"] for page in report["pages"]) == packed.page_bytes
+    assert pool.shortage([packed]) == ""
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        (["--max-rank", 8], "rank 24 is above max_rank 8"),
+        (["--max-adapters", 1, "--max-rank", 24, "--pool-rank", 8], None),
+        (["--max-adapters", 1], None),
+    ],
+)
+def test_inspect_with_limits(folder: Path, options: list[object], reason: str | None) -> None:
+    adapter = folder / "adapters/experts-r24"
+    result = run("inspect", adapter, "--model", folder / "model", *options)
+    assert result.exit_code == (0 if reason is None else 1)
+    if reason is not None:
+        assert f"does not fit: {reason}" in result.stdout
+
+
+def test_inspect_says_why_an_adapter_is_of_another_model(folder: Path, tmp_path: Path) -> None:
+    other = MODEL_CONFIG | {"num_experts": 4}
+    (tmp_path / "config.json").write_text(json.dumps(other))
+    result = run("inspect", folder / "adapters/experts-r8", "--model", tmp_path, "--json")
+    assert result.exit_code == 1
+    report = json.loads(result.stdout)
+    assert report["fits"] is False
+    assert "is for expert 4 of 4" in report["reasons"][0]
+
+
+def test_derived_pools_hold_any_choice_of_adapters(folder: Path) -> None:
+    sites = CONFIG.lora_sites()
+    adapters = [read_adapter(folder / "adapters" / n, sites, module_names=NAMES) for n in ADAPTERS]
+    for slots in range(1, len(adapters) + 1):
+        pool = PagePool(sites, derive_lora(sites, adapters, slots), np.float32)
+        largest = sorted(map(pool.pack, adapters), key=lambda packed: packed.page_bytes)[-slots:]
+        assert pool.shortage(largest) == ""
+    assert derive_lora(sites, []).sites == ()
+
+
+def test_version_and_help() -> None:
+    assert run("--version").stdout.startswith("moelora ")
+    for command in ("demo", "score", "generate", "inspect"):
+        result = run(command, "--help")
+        assert result.exit_code == 0
+        assert f"moelora {command}" in result.stdout
+
+
+# Bad input. All of it is found before anything runs.
+
+
+@pytest.mark.parametrize(
+    ("line", "reason"),
+    [
+        ("{", "not JSON: Expecting property name"),
+        ("[1, 2]", "must be a JSON object"),
+        ('{"tokens": [1], "adaptor": "a"}', "unknown key 'adaptor'"),
+        ("{}", 'give either "tokens" or "text"'),
+        ('{"tokens": [1], "text": "a"}', 'give either "tokens" or "text"'),
+        ('{"tokens": []}', "has no tokens"),
+        ('{"tokens": [1.5]}', "tokens must be a list of integers"),
+        ('{"tokens": [true]}', "tokens must be a list of integers"),
+        ('{"tokens": [256]}', "token id 256 is outside the vocabulary of 256 tokens"),
+        ('{"tokens": [-1]}', "token id -1 is outside the vocabulary of 256 tokens"),
+        (json.dumps({"tokens": [1] * 1020}), "1020 tokens and 8 new ones are more than the 1024"),
+        ('{"tokens": [1], "adapter": "b"}', "adapter 'b' is not given by --adapter; given: a"),
+        ('{"tokens": [1], "adapter": 3}', "adapter must be a name or null, not 3"),
+        ('{"text": 3}', "text must be a string, not 3"),
+    ],
+)
+def test_a_bad_row_is_named_by_its_line(folder: Path, rows: Path, line: str, reason: str) -> None:
+    rows.write_text(f'{{"tokens": [1], "adapter": "a"}}\n\n{line}\n{{"tokens": [2]}}\n')
+    message = error(
+        *("generate", "--model", folder / "model", "--input", rows, "--max-new-tokens", 8),
+        *("--adapter", f"a={folder}/adapters/attention-r3"),
+    )
+    assert message.startswith(f"error: {rows}, line 3: {reason}")
+
+
+def test_text_needs_a_tokenizer(tmp_path: Path, rows: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(MODEL_CONFIG))
+    rows.write_text('{"text": "hello"}')
+    message = error("generate", "--model", tmp_path, "--input", rows)
+    assert message.startswith(f"error: {rows}, line 1: has text, but the model's folder has no")
+
+
+@pytest.mark.parametrize("content", ["", "\n \n"])
+def test_no_rows(folder: Path, rows: Path, content: str) -> None:
+    rows.write_text(content)
+    message = error("generate", "--model", folder / "model", "--input", rows)
+    assert f"{rows}: has no rows" in message
+
+
+def test_missing_files(folder: Path, tmp_path: Path, rows: Path) -> None:
+    missing = tmp_path / "missing"
+    rows.write_text('{"tokens": [1]}')
+    model = folder / "model"
+    assert f"{missing}: no such folder" in error("generate", "--model", missing, "--input", rows)
+    assert f"{missing}: no such file" in error("generate", "--model", model, "--input", missing)
+    adapter = ("--adapter", f"a={missing}")
+    message = error("generate", "--model", model, "--input", rows, *adapter)
+    assert f"{missing}/adapter_config.json: no such file" in message
+    output = ("--output", missing / "out.safetensors")
+    message = error("score", "--model", model, "--input", rows, *output)
+    assert f"there is no folder {missing}" in message
+    assert f"{missing}/adapter_config.json" in error("inspect", missing)
+    assert not missing.exists()
+
+
+@pytest.mark.parametrize(
+    ("adapters", "reason"),
+    [
+        (["a"], "--adapter a: write NAME=DIR"),
+        (["a="], "--adapter a=: write NAME=DIR"),
+        (["a=x", "a=y"], "--adapter a=y: the name 'a' is taken twice"),
+    ],
+)
+def test_bad_adapter_options(folder: Path, rows: Path, adapters: list[str], reason: str) -> None:
+    rows.write_text('{"tokens": [1]}')
+    options = [option for adapter in adapters for option in ("--adapter", adapter)]
+    message = error("generate", "--model", folder / "model", "--input", rows, *options)
+    assert message == f"error: {reason}"
+
+
+def test_an_adapter_of_another_model(folder: Path, tmp_path: Path, rows: Path) -> None:
+    rows.write_text('{"tokens": [1], "adapter": "a"}')
+    (tmp_path / "config.json").write_text(json.dumps(MODEL_CONFIG | {"hidden_size": 32}))
+    message = error(
+        *("generate", "--model", tmp_path, "--input", rows),
+        *("--adapter", f"a={folder}/adapters/experts-r8"),
+    )
+    assert "this looks like an adapter for another model" in message
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "reason"),
+    [("--temperature", -1, "temperature must be"), ("--top-p", 0, "top_p must be")],
+)
+def test_bad_sampling(folder: Path, rows: Path, option: str, value: float, reason: str) -> None:
+    assert reason in error("generate", "--model", folder, "--input", rows, option, value)
+
+
+def test_demo_leaves_other_files_alone(folder: Path) -> None:
+    assert "already exists" in error("demo", "--folder", folder)
+
+
+def test_rows_may_hold_any_line_separator_of_unicode(rows: Path) -> None:
+    """Only a newline ends a row."""
+    rows.write_text('{"tokens": [1], "adapter": "a\u2028b"}\r\n{"tokens": [2]}', encoding="utf-8")
+    first, second = read_rows(rows, CONFIG, ["a\u2028b"], None)
+    assert first.adapter == "a\u2028b"
+    assert second.tokens == [2]

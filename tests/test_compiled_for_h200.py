@@ -1,0 +1,63 @@
+"""Whole programs compiled for an H200 without one: what is captured, aliased and temporary."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+#: JAX's GPU plugin alone, where `make setup` puts it.
+PLUGIN = Path(sys.prefix) / "h200"
+ROOT = Path(__file__).resolve().parent.parent
+
+pytestmark = pytest.mark.skipif(
+    not PLUGIN.is_dir(), reason="needs JAX's GPU plugin in .venv/h200, which `make setup` installs"
+)
+
+
+@pytest.fixture(scope="module")
+def programs() -> dict[str, dict[str, Any]]:
+    path = os.pathsep.join([str(PLUGIN), os.environ.get("PYTHONPATH", "")])
+    done = subprocess.run(
+        [sys.executable, ROOT / "tests" / "h200_programs.py"],
+        env=os.environ | {"PYTHONPATH": path, "JAX_PLATFORMS": "cpu"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+PROGRAMS = ["decode lora", "decode base", "prefill lora"]
+
+
+@pytest.mark.parametrize("name", PROGRAMS)
+def test_every_donated_byte_is_updated_in_place(programs: dict[str, Any], name: str) -> None:
+    program = programs[name]
+    assert program["aliased_bytes"] == program["donated_bytes"]
+    # The sampled tokens, and the table of the tuple that holds all results.
+    assert program["new_output_bytes"] <= 512
+
+
+def test_the_layers_of_a_decode_step_are_one_command_buffer(programs: dict[str, Any]) -> None:
+    """No launch of a decode step is outside of a command buffer but the loop's own condition."""
+    for name in ("decode lora", "decode base"):
+        program = programs[name]
+        assert program["top"] == ["CommandBuffer", "While", "CommandBuffer"]
+        assert program["body"] == ["CommandBuffer"]
+
+
+def test_the_layers_of_a_prefill_step_are_one_command_buffer(programs: dict[str, Any]) -> None:
+    program = programs["prefill lora"]
+    assert program["top"].count("While") == 1
+    assert program["body"] == ["CommandBuffer"]
+
+
+@pytest.mark.parametrize("name", PROGRAMS)
+def test_temporaries_are_small(programs: dict[str, Any], name: str) -> None:
+    """The workspaces hold what is large; logits and partial attention results are what is left."""
+    assert programs[name]["temporary_bytes"] < 4 * 2**20
