@@ -173,11 +173,13 @@ def use_compilation_cache(folder: str | Path | None = None) -> Path:
     """Keep compiled programs on disk, for all of this process, so that the next start is fast.
 
     Args:
-        folder: where to; ``~/.cache/moelora_jax/programs`` (under ``XDG_CACHE_HOME``) unless given.
+        folder: where to. Unless given, what JAX is set to (``JAX_COMPILATION_CACHE_DIR``), or else
+            ``~/.cache/moelora_jax/programs``, under ``XDG_CACHE_HOME`` where that is set.
 
     Returns:
         The folder.
     """
+    folder = folder or jax.config.jax_compilation_cache_dir
     if folder is None:
         home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
         folder = home / "moelora_jax" / "programs"

@@ -15,6 +15,7 @@ FLOORS = (
     "moelora_kernels",
     "errors",
     "config",
+    "files",
     "safetensors_file",
     "adapters",
     "moe",

@@ -1,7 +1,7 @@
 """Choosing an implementation, and the only door to jax-triton.
 
-``jax_triton`` raises ImportError where JAX has no GPU plugin, so it is imported here alone, and only when a
-Triton kernel is about to be launched.
+``jax_triton`` raises ImportError where JAX has no GPU plugin, so it is imported here alone, and
+only when a Triton kernel is about to be launched.
 """
 
 import functools

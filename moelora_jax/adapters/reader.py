@@ -112,12 +112,17 @@ def read_adapter(
     """
     folder = Path(folder)
     config = read_adapter_config(folder)
-    with SafetensorsFile(_weights_path(folder), AdapterError) as file:
+    with SafetensorsFile(adapter_weights(folder), AdapterError) as file:
         layout, updates = _Reader(file, config, sites, module_names).read()
     return Adapter(layout, updates, source=str(folder))
 
 
-def _weights_path(folder: Path) -> Path:
+def adapter_weights(folder: Path) -> Path:
+    """The file of an adapter folder that holds its tensors, which may be missing.
+
+    Raises:
+        AdapterError: there is only a pickle, or the adapter adds vocabulary.
+    """
     weights, pickle = folder / _WEIGHTS, folder / "adapter_model.bin"
     if pickle.exists() and not weights.exists():
         raise AdapterError(

@@ -5,10 +5,8 @@ The inverse of :mod:`moelora_jax.adapters.reader`: what is written here reads ba
 
 import json
 import re
-import tempfile
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from math import sqrt
 from pathlib import Path
@@ -21,6 +19,7 @@ from moelora_jax.adapters.adapter import Adapter, LowRankUpdate, Target
 from moelora_jax.adapters.module_names import QWEN3_MOE_NAMES, ModuleNames
 from moelora_jax.config import LoraSite
 from moelora_jax.errors import AdapterError
+from moelora_jax.files import new_folder
 from moelora_jax.safetensors_file import FLOAT_DTYPES
 
 __all__ = ["Layout", "save_adapter"]
@@ -108,7 +107,7 @@ def save_adapter(
         for factor, array in (("A", module.a), ("B", module.b))
     }
     config = _config(modules, sites, module_names) | {"base_model_name_or_path": base_model}
-    with _new_folder(Path(folder)) as new:
+    with new_folder(Path(folder), AdapterError) as new:
         (new / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n", "utf-8")
         # Without this tag, some versions of transformers refuse the file.
         save_file(tensors, new / "adapter_model.safetensors", metadata={"format": "pt"})
@@ -382,21 +381,6 @@ def _targets(
             name = module.name
         targets[name] = module.is_parameter
     return targets
-
-
-@contextmanager
-def _new_folder(folder: Path) -> Iterator[Path]:
-    """A folder to write into, which takes the name ``folder`` if the block succeeds."""
-    folder = folder.absolute()
-    if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
-        raise AdapterError(f"{folder}: already exists and is not an empty folder")
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    # Beside it, as only a rename within one file system is atomic.
-    with tempfile.TemporaryDirectory(prefix=f".{folder.name}.", dir=folder.parent) as temporary:
-        new = Path(temporary, folder.name)
-        new.mkdir()
-        yield new
-        new.rename(folder)
 
 
 def _fail(target: Target, reason: str) -> NoReturn:

@@ -3,7 +3,6 @@
 from importlib.metadata import PackageNotFoundError, version
 from typing import Annotated, Any
 
-import rich
 import typer
 from typer.core import TyperGroup
 
@@ -57,7 +56,6 @@ def _moelora(
     Results go to stdout or to the file that you name, progress and errors to stderr. The exit code
     is 0 if all went well.
     """
-    rich.reconfigure(stderr=True)  # Where rich's own console, and so every progress bar, prints.
 
 
 _FILES = """A model is a folder of transformers: config.json and safetensors. An adapter is a folder

@@ -13,7 +13,7 @@ import typer
 
 from moelora_jax.adapters.adapter import Adapter
 from moelora_jax.adapters.reader import read_adapter
-from moelora_jax.buckets import CompilationCounter, choose_bucket
+from moelora_jax.buckets import CompilationCounter, choose_bucket, use_compilation_cache
 from moelora_jax.cli.demo_files import (
     ADAPTERS,
     MAX_PROMPT,
@@ -83,6 +83,7 @@ def _run(folder: Path, rows: int, max_new_tokens: int, batches: int, seed: int) 
         max_batch_rows=MAX_ROWS,
         max_batch_tokens=MAX_ROWS * MAX_PROMPT,
     )
+    use_compilation_cache()
     llm = LLM.load(folder / "model", runtime=runtime, progress=True)
     for name, adapter in adapters.items():
         llm.load_adapter(name, adapter)

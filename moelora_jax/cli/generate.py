@@ -16,9 +16,10 @@ from moelora_jax.cli.options import (
     MaxBatchTokensOption,
     ModelOption,
 )
-from moelora_jax.cli.output import check_output, new_file, stderr
+from moelora_jax.cli.output import check_output, stderr
 from moelora_jax.engine.llm import Completion
 from moelora_jax.engine.sampling import Sampling
+from moelora_jax.files import new_file
 
 _SAMPLING = "Sampling"
 

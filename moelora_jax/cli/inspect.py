@@ -14,14 +14,13 @@ from rich.table import Table
 from moelora_jax.adapters.adapter import Adapter
 from moelora_jax.adapters.adapter_config import AdapterConfig, read_adapter_config
 from moelora_jax.adapters.pages import pool_pages
-from moelora_jax.adapters.reader import read_adapter
+from moelora_jax.adapters.reader import adapter_weights, read_adapter
 from moelora_jax.cli.limits import count_pages
 from moelora_jax.cli.options import Dtype
 from moelora_jax.cli.output import format_bytes, make_table, stdout
 from moelora_jax.config import LoraConfig, LoraSite
 from moelora_jax.errors import AdapterError
-from moelora_jax.models import family_of
-from moelora_jax.models.checkpoint import read_config
+from moelora_jax.models import read_model_config
 from moelora_jax.safetensors_file import FLOAT_DTYPES, SafetensorsFile
 from moelora_kernels.types import PAGE_ROWS
 
@@ -75,7 +74,7 @@ def _describe_files(folder: Path) -> dict[str, Any]:
         AdapterError: a file is missing, damaged, or asks for something that is not supported.
     """
     config = read_adapter_config(folder)
-    with SafetensorsFile(folder / "adapter_model.safetensors", AdapterError) as file:
+    with SafetensorsFile(adapter_weights(folder), AdapterError) as file:
         headers = dict(file.headers)
     numbers = sum(prod(header.shape) for header in headers.values())
     return {
@@ -132,9 +131,8 @@ def _describe_fit(folder: Path, model: Path, limits: LoraConfig, dtype: Dtype) -
     Raises:
         CheckpointError: the model's config.json is missing or not supported.
     """
-    raw = read_config(model)
-    family = family_of(raw)
-    sites = family.read_config(raw).lora_sites()
+    family, config = read_model_config(model)
+    sites = config.lora_sites()
     try:
         adapter = read_adapter(folder, sites, module_names=family.module_names)
     except AdapterError as error:

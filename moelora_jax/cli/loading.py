@@ -7,14 +7,13 @@ from pathlib import Path
 from tokenizers import Tokenizer
 
 from moelora_jax.adapters.reader import read_adapter
-from moelora_jax.buckets import Kind, program_keys
+from moelora_jax.buckets import Kind, program_keys, use_compilation_cache
 from moelora_jax.cli.limits import derive_runtime
 from moelora_jax.cli.options import Dtype, parse_adapters
 from moelora_jax.cli.output import progress_bar
 from moelora_jax.cli.rows import read_rows, read_tokenizer
 from moelora_jax.engine.llm import LLM, Prompt
-from moelora_jax.models import family_of
-from moelora_jax.models.checkpoint import read_config
+from moelora_jax.models import read_model_config
 
 
 @dataclass(frozen=True, eq=False)
@@ -51,9 +50,7 @@ def prepare(
         MoeLoraError: anything is wrong with the files; nothing was run.
     """
     folders = parse_adapters(adapters)
-    raw = read_config(model)
-    family = family_of(raw)
-    config = family.read_config(raw)
+    family, config = read_model_config(model)
     tokenizer = read_tokenizer(model)
     prompts = read_rows(rows, config, folders, tokenizer, max_new_tokens=max_new_tokens)
 
@@ -72,6 +69,7 @@ def prepare(
         max_batch_rows=max_batch_rows,
         max_batch_tokens=max_batch_tokens,
     )
+    use_compilation_cache()
     llm = LLM.load(
         model, runtime=runtime, dtype=None if dtype is None else dtype.numpy, progress=True
     )

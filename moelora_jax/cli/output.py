@@ -1,9 +1,7 @@
 """Where commands print and write."""
 
 import os
-import tempfile
-from collections.abc import Collection, Iterator
-from contextlib import contextmanager
+from collections.abc import Collection
 from pathlib import Path
 
 from rich import box
@@ -56,17 +54,6 @@ def check_output(path: Path) -> None:
         raise RequestError(f"{path}: there is no folder {folder}")
     if not os.access(folder, os.W_OK):
         raise RequestError(f"{path}: the folder {folder} is not writable")
-
-
-@contextmanager
-def new_file(path: Path) -> Iterator[Path]:
-    """A file to write, which takes the name ``path`` if the block succeeds."""
-    path = path.absolute()
-    # Beside it, as only a rename within one file system is atomic.
-    with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as temporary:
-        new = Path(temporary, path.name)
-        yield new
-        new.replace(path)
 
 
 def format_bytes(count: int) -> str:

@@ -16,7 +16,8 @@ from moelora_jax.cli.options import (
     MaxBatchTokensOption,
     ModelOption,
 )
-from moelora_jax.cli.output import check_output, new_file, stderr
+from moelora_jax.cli.output import check_output, stderr
+from moelora_jax.files import new_file
 
 
 def score(

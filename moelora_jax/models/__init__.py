@@ -30,6 +30,7 @@ __all__ = [
     "family_of",
     "load_model",
     "model_arrays",
+    "read_model_config",
 ]
 
 
@@ -81,6 +82,20 @@ def family_of(raw: Mapping[str, Any]) -> ModelFamily:
     )
 
 
+def read_model_config(folder: str | Path) -> tuple[ModelFamily, ModelConfig]:
+    """The family and the description of the model in a checkpoint folder.
+
+    Raises:
+        CheckpointError: config.json is missing, damaged or of an unsupported model.
+    """
+    raw = read_config(folder)
+    try:
+        family = family_of(raw)
+        return family, family.read_config(raw)
+    except CheckpointError as error:
+        raise CheckpointError(f"{folder}: {error}") from error
+
+
 def load_model(
     folder: str | Path, dtype: DTypeLike, *, progress: bool = False
 ) -> tuple[nnx.Module, ModelConfig, ModelFamily]:
@@ -95,9 +110,7 @@ def load_model(
     Raises:
         CheckpointError: the folder is incomplete, damaged or of an unsupported model.
     """
-    raw = read_config(folder)
-    family = family_of(raw)
-    config = family.read_config(raw)
+    family, config = read_model_config(folder)
     parameters = family.parameters(config)
     if is_orbax(folder):
         arrays = load_orbax(folder, parameters, dtype)

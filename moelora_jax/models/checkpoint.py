@@ -28,7 +28,6 @@ import itertools
 import json
 import math
 import string
-import tempfile
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -52,6 +51,7 @@ from rich.progress import (
 from safetensors.numpy import save_file
 
 from moelora_jax.errors import CheckpointError
+from moelora_jax.files import new_folder
 from moelora_jax.safetensors_file import FLOAT_DTYPES, SafetensorsFile
 
 #: Dtypes that parameters can have on the device.
@@ -244,7 +244,7 @@ def save_checkpoint(
         for tensor in parameter.pieces
     }
     shards = _split_into_shards(sizes, max_shard_bytes)
-    with _new_folder(folder) as new:
+    with new_folder(folder, CheckpointError) as new:
         _write_json(new / _CONFIG, config)
         weight_map = {}
         for number, names in enumerate(shards, start=1):
@@ -282,7 +282,7 @@ def save_orbax(
     """
     import orbax.checkpoint as ocp  # Slow to import, and most programs never need it.
 
-    with _new_folder(folder) as new:
+    with new_folder(folder, CheckpointError) as new:
         _write_json(new / _CONFIG, config)
         with ocp.StandardCheckpointer() as checkpointer:
             checkpointer.save(new / _ORBAX, dict(arrays))
@@ -578,21 +578,6 @@ def _split_into_shards(sizes: Mapping[str, int], max_bytes: int) -> list[list[st
 def _write_rows(array: jax.Array, rows: jax.Array, start: jax.Array) -> jax.Array:
     """Overwrite leading rows of ``array``, in place: it is donated."""
     return jax.lax.dynamic_update_slice_in_dim(array, rows, start, axis=0)
-
-
-@contextmanager
-def _new_folder(folder: str | Path) -> Iterator[Path]:
-    """A folder to write into, which takes the name ``folder`` if the block succeeds."""
-    folder = Path(folder).absolute()
-    if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
-        raise CheckpointError(f"{folder}: already exists and is not an empty folder")
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    # Beside it, as only a rename within one file system is atomic.
-    with tempfile.TemporaryDirectory(prefix=f".{folder.name}.", dir=folder.parent) as temporary:
-        new = Path(temporary, folder.name)
-        new.mkdir()
-        yield new
-        new.rename(folder)
 
 
 def _read_json_object(path: Path) -> dict[str, Any]:

@@ -107,8 +107,8 @@ def read_model_config(raw: Mapping[str, Any]) -> ModelConfig:
     Raises:
         CheckpointError: a key is missing, or asks for something that is not supported.
     """
-    # transformers 5 writes num_local_experts, 4 wrote num_experts.
-    raw = {"num_experts": raw.get("num_local_experts")} | dict(raw)
+    raw = dict(raw)
+    raw.setdefault("num_experts", raw.get("num_local_experts"))  # as transformers 5 writes it
     required = (
         "vocab_size",
         "hidden_size",

@@ -8,8 +8,6 @@ from jax import Array
 from moelora_kernels.backend import Launch, launch, scalar
 from moelora_kernels.expert_lora.triton import (
     _precision,
-    add_rest,
-    most_pages,
     shrink,
     tile_adapters,
 )
@@ -40,6 +38,7 @@ def dense_lora(
     if out is not None:
         out[:tokens] = y
     _, _, adapters, max_pages, _ = pages.table.shape
+    stacked_pages = min(triton.next_power_of_2(max_pages), tiles.stack)
     num_tiles = tokens // tile_rows + min(tokens, 1)
     launch(
         dense_expand,
@@ -54,7 +53,8 @@ def dense_lora(
         MAX_PAGES=max_pages,
         PAGE_ROWS=PAGE_ROWS,
         Z_COLUMNS=z.shape[2],
-        STACK=tiles.stack,
+        SLOTS=tiles.stack // stacked_pages,
+        PAGES=stacked_pages,
         PRECISION=_precision(x.dtype),
     )  # fmt: skip
     return jax.freeze(total) if out is None else out
@@ -77,7 +77,8 @@ def dense_expand(
     MAX_PAGES: tl.constexpr,
     PAGE_ROWS: tl.constexpr,
     Z_COLUMNS: tl.constexpr,
-    STACK: tl.constexpr,
+    SLOTS: tl.constexpr,
+    PAGES: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     """Add ``z · B`` to the tokens of a tile that have an adapter; no other row is touched."""
@@ -93,11 +94,9 @@ def dense_expand(
         touched = has_adapter[:, None] & (columns < WIDTH)[None, :]
         total = tl.load(y_ptrs, mask=touched, other=0.0).to(tl.float32)
         adapter, slot, num_slots = tile_adapters(first, rows, inside, 0, group_ptr, NUM_ADAPTERS)
-        entry_ptr = table_ptr + (tl.load(layer_ptr) * 2 + 1) * NUM_ADAPTERS * MAX_PAGES
-        num_pages = most_pages(adapter, entry_ptr, 1, MAX_PAGES)
-        total = add_rest(
-            total, 0, num_slots * num_pages, adapter, slot, num_slots, rows, columns,
-            entry_ptr, z_ptr, pool_ptr,
-            WIDTH, 1, MAX_PAGES, PAGE_ROWS, Z_COLUMNS, STACK, PRECISION,
+        table_ptr += (tl.load(layer_ptr) * 2 + 1) * NUM_ADAPTERS * MAX_PAGES
+        total = add_expand(
+            total, rows, adapter, slot, num_slots, columns, z_ptr, table_ptr, pool_ptr,
+            WIDTH, 1, MAX_PAGES, PAGE_ROWS, Z_COLUMNS, BLOCK_M, SLOTS, PAGES, PRECISION,
         )  # fmt: skip
         tl.store(y_ptrs, total.to(y_ptr.dtype.element_ty), mask=touched)

@@ -26,8 +26,6 @@ from moelora_kernels.types import PAGE_ROWS, Buffer, SitePages, TokenSort
 WINDOW_ROWS = 16
 #: Longer runs are cut here, for programs to share.
 CUT_ROWS = 128
-#: Tiles up to this height have registers left to load the first pages before the products begin.
-EARLY_ROWS = 32
 
 
 def shrink(
@@ -183,16 +181,18 @@ def _expand_constants(
     tiles: GemmTiles, rank_activations: Buffer | None, site: SitePages | None
 ) -> dict[str, int]:
     if rank_activations is None or site is None:
-        names = ("NUM_ADAPTERS", "MAX_PAGES", "Z_ROWS", "Z_COLUMNS", "STACK", "PAGE_ROWS")
-        return dict.fromkeys((*names, "EARLY_ROWS"), 0)
+        names = ("NUM_ADAPTERS", "MAX_PAGES", "Z_ROWS", "Z_COLUMNS")
+        return dict.fromkeys((*names, "PAGE_ROWS", "SLOTS", "PAGES"), 0)
+    # A stack of pages has several of one adapter where adapters have several.
+    pages = min(triton.next_power_of_2(site.table.shape[3]), tiles.stack)
     return {
         "NUM_ADAPTERS": site.table.shape[2],
         "MAX_PAGES": site.table.shape[3],
         "Z_ROWS": rank_activations.shape[1],
         "Z_COLUMNS": rank_activations.shape[2],
-        "STACK": tiles.stack,
         "PAGE_ROWS": PAGE_ROWS,
-        "EARLY_ROWS": EARLY_ROWS,
+        "SLOTS": tiles.stack // pages,
+        "PAGES": pages,
     }
 
 
@@ -401,7 +401,8 @@ def tile_adapters(first, rows, inside, expert, group_ptr, NUM_ADAPTERS: tl.const
     """The adapters of a tile of rows of one expert.
 
     Returns:
-        Adapter of each row or -1; its number among the adapters of the tile or -1; how many there are.
+        Adapter of each row or -1; its number among the adapters of the tile or -1; how many there
+        are.
     """
     base_group = expert * (NUM_ADAPTERS + 1)
     group = tl.load(group_ptr + rows, mask=inside, other=base_group)
@@ -414,112 +415,126 @@ def tile_adapters(first, rows, inside, expert, group_ptr, NUM_ADAPTERS: tl.const
 
 
 @triton.jit
-def most_pages(adapter, entry_ptr, NUM_EXPERTS: tl.constexpr, MAX_PAGES: tl.constexpr):
-    """Pages of the adapter that has most of them."""
-    if MAX_PAGES == 1:
-        return 1
-    count = 0
-    for page in tl.static_range(MAX_PAGES):
-        pool_row = tl.load(
-            entry_ptr + (adapter * MAX_PAGES + page) * NUM_EXPERTS, mask=adapter >= 0, other=-1
-        )
-        # Pages are a prefix, so the last one that exists counts.
-        count = tl.where(tl.max(pool_row, 0) >= 0, page + 1, count)
-    return count
+def find_adapters(first_slot, adapter, slot, SLOTS: tl.constexpr):
+    """``SLOTS`` adapters of a tile, -1 past the last, and which rows have which: ``[rows, SLOTS]``."""
+    mine = slot[:, None] == (first_slot + tl.arange(0, SLOTS))[None, :]
+    return tl.max(tl.where(mine, adapter[:, None], -1), 0), mine
 
 
 @triton.jit
-def stack_pages(
-    first_entry,
-    adapter,
-    slot,
-    num_slots,
-    entry_ptr,
+def find_pages(
+    slot_adapter,
+    first_page,
+    table_ptr,
     NUM_EXPERTS: tl.constexpr,
     MAX_PAGES: tl.constexpr,
-    PAGE_ROWS: tl.constexpr,
-    STACK: tl.constexpr,
+    PAGES: tl.constexpr,
 ):
-    """Pages ``first_entry`` and following of a tile, stacked along K: all first pages, then all second.
+    """Pool rows ``[slots, PAGES]`` of adapters, -1 where there is no page.
 
-    Returns:
-        Pool row of each of the ``STACK * PAGE_ROWS`` stacked rank rows, -1 where there is none; its
-        column in the rank activations; and which rows of the tile it belongs to.
+    ``table_ptr`` points to the layer's B pages of adapter 0 for this expert.
     """
-    stacked = tl.arange(0, STACK * PAGE_ROWS)
-    entry = first_entry + stacked // PAGE_ROWS
-    # Where no row has an adapter, no slot is found.
-    page = entry // tl.maximum(num_slots, 1)
-    mine = slot[:, None] == (entry % tl.maximum(num_slots, 1))[None, :]
-    stacked_adapter = tl.max(tl.where(mine, adapter[:, None], -1), 0)
-    pool_row = tl.load(
-        entry_ptr + (stacked_adapter * MAX_PAGES + page) * NUM_EXPERTS,
-        mask=(stacked_adapter >= 0) & (page < MAX_PAGES),
+    page = first_page + tl.arange(0, PAGES)
+    return tl.load(
+        table_ptr + (slot_adapter[:, None] * MAX_PAGES + page[None, :]) * NUM_EXPERTS,
+        mask=(slot_adapter >= 0)[:, None] & (page < MAX_PAGES)[None, :],
         other=-1,
     )
-    return pool_row, page * PAGE_ROWS + stacked % PAGE_ROWS, mine
 
 
 @triton.jit
-def load_stacked(
-    pool_row,
-    rank_column,
-    mine,
-    z_rows,
-    columns,
+def load_ranks(
+    rows,
+    adapter,
+    first_page,
     z_ptr,
+    Z_COLUMNS: tl.constexpr,
+    PAGES: tl.constexpr,
+    PAGE_ROWS: tl.constexpr,
+):
+    """Rank activations ``[rows, PAGES * PAGE_ROWS]`` of each row's own adapter."""
+    column = first_page * PAGE_ROWS + tl.arange(0, PAGES * PAGE_ROWS)
+    return tl.load(
+        z_ptr + rows[:, None] * Z_COLUMNS + column[None, :],
+        mask=(adapter >= 0)[:, None] & (column < Z_COLUMNS)[None, :],
+        other=0.0,
+    )
+
+
+@triton.jit
+def load_pages(
+    pool_row,
+    columns,
     pool_ptr,
     WIDTH: tl.constexpr,
+    SLOTS: tl.constexpr,
+    PAGES: tl.constexpr,
     PAGE_ROWS: tl.constexpr,
-    Z_COLUMNS: tl.constexpr,
 ):
-    """Operands of one product ``z · B``: rank activations, zero but for a row's own pages; pages."""
-    exists = pool_row >= 0
-    z = tl.load(
-        z_ptr + z_rows[:, None] * Z_COLUMNS + rank_column[None, :],
-        mask=mine & exists[None, :],
+    """Rank rows of the pages ``[slots, PAGES]``, stacked: ``[SLOTS * PAGES * PAGE_ROWS, columns]``."""
+    first = tl.where(pool_row >= 0, pool_row.to(tl.int64) * PAGE_ROWS, -PAGE_ROWS)
+    rank_row = tl.reshape(
+        first[:, :, None] + tl.arange(0, PAGE_ROWS)[None, None, :], [SLOTS * PAGES * PAGE_ROWS]
+    )
+    return tl.load(
+        pool_ptr + rank_row[:, None] * WIDTH + columns[None, :],
+        mask=(rank_row >= 0)[:, None] & (columns < WIDTH)[None, :],
         other=0.0,
     )
-    b_row = pool_row.to(tl.int64) * PAGE_ROWS + rank_column % PAGE_ROWS
-    b = tl.load(
-        pool_ptr + b_row[:, None] * WIDTH + columns[None, :],
-        mask=exists[:, None] & (columns < WIDTH)[None, :],
-        other=0.0,
-    )
-    return z, b
 
 
 @triton.jit
-def add_rest(
+def stack_ranks(
+    z,
+    mine,
+    pool_row,
+    ROWS: tl.constexpr,
+    SLOTS: tl.constexpr,
+    PAGES: tl.constexpr,
+    PAGE_ROWS: tl.constexpr,
+):
+    """``z`` of each row in the columns of its own adapter's pages, and zero in all others.
+
+    Rank activations of pages that do not exist are not defined, so they must go as well.
+    """
+    z = tl.reshape(z, [ROWS, 1, PAGES, PAGE_ROWS])
+    keep = mine[:, :, None, None] & (pool_row >= 0)[None, :, :, None]
+    return tl.reshape(tl.where(keep, z, 0.0).to(z.dtype), [ROWS, SLOTS * PAGES * PAGE_ROWS])
+
+
+@triton.jit
+def add_expand(
     total,
-    first_entry,
-    num_entries,
+    rows,
     adapter,
     slot,
     num_slots,
-    z_rows,
     columns,
-    entry_ptr,
     z_ptr,
+    table_ptr,
     pool_ptr,
     WIDTH: tl.constexpr,
     NUM_EXPERTS: tl.constexpr,
     MAX_PAGES: tl.constexpr,
     PAGE_ROWS: tl.constexpr,
     Z_COLUMNS: tl.constexpr,
-    STACK: tl.constexpr,
+    ROWS: tl.constexpr,
+    SLOTS: tl.constexpr,
+    PAGES: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """``total + z · B`` for the pages from ``first_entry`` on, ``STACK`` at a time."""
-    for entry in range(first_entry, num_entries, STACK):
-        pool_row, rank_column, mine = stack_pages(
-            entry, adapter, slot, num_slots, entry_ptr, NUM_EXPERTS, MAX_PAGES, PAGE_ROWS, STACK
-        )
-        z, b = load_stacked(
-            pool_row, rank_column, mine, z_rows, columns, z_ptr, pool_ptr,
-            WIDTH, PAGE_ROWS, Z_COLUMNS,
-        )  # fmt: skip
-        total = tl.dot(z, b, total, input_precision=PRECISION)
+    """``total + z · B``, for ``SLOTS`` adapters and ``PAGES`` pages of each at a time."""
+    for first_page in tl.static_range(0, MAX_PAGES, PAGES):
+        if num_slots > 0:
+            z = load_ranks(rows, adapter, first_page, z_ptr, Z_COLUMNS, PAGES, PAGE_ROWS)
+            for first_slot in tl.range(0, num_slots, SLOTS, num_stages=1):
+                slot_adapter, mine = find_adapters(first_slot, adapter, slot, SLOTS)
+                pool_row = find_pages(
+                    slot_adapter, first_page, table_ptr, NUM_EXPERTS, MAX_PAGES, PAGES
+                )
+                b = load_pages(pool_row, columns, pool_ptr, WIDTH, SLOTS, PAGES, PAGE_ROWS)
+                stacked = stack_ranks(z, mine, pool_row, ROWS, SLOTS, PAGES, PAGE_ROWS)
+                total = tl.dot(stacked, b, total, input_precision=PRECISION)
     return total
 
 
@@ -562,9 +577,9 @@ def gate_up_tiles(
     MAX_PAGES: tl.constexpr,
     Z_ROWS: tl.constexpr,
     Z_COLUMNS: tl.constexpr,
-    STACK: tl.constexpr,
     PAGE_ROWS: tl.constexpr,
-    EARLY_ROWS: tl.constexpr,
+    SLOTS: tl.constexpr,
+    PAGES: tl.constexpr,
 ):
     """One tile of rows and ``BLOCK_N`` intermediate columns per program: both halves, then activation."""
     NUM_BLOCKS: tl.constexpr = (INTERMEDIATE + BLOCK_N - 1) // BLOCK_N
@@ -586,31 +601,17 @@ def gate_up_tiles(
         gate_ptrs = weight_ptr + column[None, :] * HIDDEN + depth[:, None]
         up_ptrs = gate_ptrs + half
         if z_ptr is not None:
-            # Looked up before the products, so that they hide the wait.
             adapter, slot, num_slots = tile_adapters(
                 first, rows, inside, expert, group_ptr, NUM_ADAPTERS
             )
-            entry = (layer * 2 + 1) * NUM_ADAPTERS * MAX_PAGES * NUM_EXPERTS + expert
-            gate_row, rank_column, mine = stack_pages(
-                0, adapter, slot, num_slots, gate_table_ptr + entry,
-                NUM_EXPERTS, MAX_PAGES, PAGE_ROWS, STACK,
-            )  # fmt: skip
-            up_row, _, _ = stack_pages(
-                0, adapter, slot, num_slots, up_table_ptr + entry,
-                NUM_EXPERTS, MAX_PAGES, PAGE_ROWS, STACK,
-            )  # fmt: skip
-            gate_pages = most_pages(adapter, gate_table_ptr + entry, NUM_EXPERTS, MAX_PAGES)
-            up_pages = most_pages(adapter, up_table_ptr + entry, NUM_EXPERTS, MAX_PAGES)
+            table = (layer * 2 + 1) * NUM_ADAPTERS * MAX_PAGES * NUM_EXPERTS + expert
+            gate_table_ptr += table
+            up_table_ptr += table
             up_z_ptr = z_ptr + Z_ROWS * Z_COLUMNS
-            if BLOCK_M <= EARLY_ROWS:
-                gate_z, gate_b = load_stacked(
-                    gate_row, rank_column, mine, rows, columns, z_ptr, gate_pool_ptr,
-                    INTERMEDIATE, PAGE_ROWS, Z_COLUMNS,
-                )  # fmt: skip
-                up_z, up_b = load_stacked(
-                    up_row, rank_column, mine, rows, columns, up_z_ptr, up_pool_ptr,
-                    INTERMEDIATE, PAGE_ROWS, Z_COLUMNS,
-                )  # fmt: skip
+            # Looked up before the products, which then hide the wait.
+            slot_adapter, mine = find_adapters(0, adapter, slot, SLOTS)
+            gate_row = find_pages(slot_adapter, 0, gate_table_ptr, NUM_EXPERTS, MAX_PAGES, PAGES)
+            up_row = find_pages(slot_adapter, 0, up_table_ptr, NUM_EXPERTS, MAX_PAGES, PAGES)
         gate = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
         up = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
         for k in range(0, HIDDEN, BLOCK_K):
@@ -630,28 +631,37 @@ def gate_up_tiles(
             gate += tl.load(bias_ptr + column).to(tl.float32)[None, :]
             up += tl.load(bias_ptr + INTERMEDIATE + column).to(tl.float32)[None, :]
         if z_ptr is not None:
-            if num_slots > 0:
-                if BLOCK_M > EARLY_ROWS:
-                    gate_z, gate_b = load_stacked(
-                        gate_row, rank_column, mine, rows, columns, z_ptr, gate_pool_ptr,
-                        INTERMEDIATE, PAGE_ROWS, Z_COLUMNS,
-                    )  # fmt: skip
-                    up_z, up_b = load_stacked(
-                        up_row, rank_column, mine, rows, columns, up_z_ptr, up_pool_ptr,
-                        INTERMEDIATE, PAGE_ROWS, Z_COLUMNS,
-                    )  # fmt: skip
-                gate = tl.dot(gate_z, gate_b, gate, input_precision=PRECISION)
-                up = tl.dot(up_z, up_b, up, input_precision=PRECISION)
-                gate = add_rest(
-                    gate, STACK, num_slots * gate_pages, adapter, slot, num_slots, rows, columns,
-                    gate_table_ptr + entry, z_ptr, gate_pool_ptr,
-                    INTERMEDIATE, NUM_EXPERTS, MAX_PAGES, PAGE_ROWS, Z_COLUMNS, STACK, PRECISION,
-                )  # fmt: skip
-                up = add_rest(
-                    up, STACK, num_slots * up_pages, adapter, slot, num_slots, rows, columns,
-                    up_table_ptr + entry, up_z_ptr, up_pool_ptr,
-                    INTERMEDIATE, NUM_EXPERTS, MAX_PAGES, PAGE_ROWS, Z_COLUMNS, STACK, PRECISION,
-                )  # fmt: skip
+            for first_page in tl.static_range(0, MAX_PAGES, PAGES):
+                if num_slots > 0:
+                    gate_z = load_ranks(
+                        rows, adapter, first_page, z_ptr, Z_COLUMNS, PAGES, PAGE_ROWS
+                    )
+                    up_z = load_ranks(
+                        rows, adapter, first_page, up_z_ptr, Z_COLUMNS, PAGES, PAGE_ROWS
+                    )
+                    for first_slot in tl.range(0, num_slots, SLOTS, num_stages=1):
+                        if (first_slot > 0) | (first_page > 0):
+                            slot_adapter, mine = find_adapters(first_slot, adapter, slot, SLOTS)
+                            gate_row = find_pages(
+                                slot_adapter, first_page, gate_table_ptr,
+                                NUM_EXPERTS, MAX_PAGES, PAGES,
+                            )  # fmt: skip
+                            up_row = find_pages(
+                                slot_adapter, first_page, up_table_ptr,
+                                NUM_EXPERTS, MAX_PAGES, PAGES,
+                            )  # fmt: skip
+                        gate_b = load_pages(
+                            gate_row, columns, gate_pool_ptr, INTERMEDIATE, SLOTS, PAGES, PAGE_ROWS
+                        )
+                        up_b = load_pages(
+                            up_row, columns, up_pool_ptr, INTERMEDIATE, SLOTS, PAGES, PAGE_ROWS
+                        )
+                        stacked = stack_ranks(
+                            gate_z, mine, gate_row, BLOCK_M, SLOTS, PAGES, PAGE_ROWS
+                        )
+                        gate = tl.dot(stacked, gate_b, gate, input_precision=PRECISION)
+                        stacked = stack_ranks(up_z, mine, up_row, BLOCK_M, SLOTS, PAGES, PAGE_ROWS)
+                        up = tl.dot(stacked, up_b, up, input_precision=PRECISION)
         hidden = activate(gate, up, ACTIVATION)
         tl.store(
             out_ptr + rows.to(tl.int64)[:, None] * INTERMEDIATE + columns[None, :],
@@ -683,9 +693,9 @@ def down_tiles(
     MAX_PAGES: tl.constexpr,
     Z_ROWS: tl.constexpr,
     Z_COLUMNS: tl.constexpr,
-    STACK: tl.constexpr,
     PAGE_ROWS: tl.constexpr,
-    EARLY_ROWS: tl.constexpr,
+    SLOTS: tl.constexpr,
+    PAGES: tl.constexpr,
 ):
     """One tile of rows and ``BLOCK_N`` hidden columns per program."""
     NUM_BLOCKS: tl.constexpr = (HIDDEN + BLOCK_N - 1) // BLOCK_N
@@ -704,21 +714,10 @@ def down_tiles(
         hidden_ptrs = hidden_ptr + row.to(tl.int64)[:, None] * INTERMEDIATE + depth[None, :]
         weight_ptrs = weight_ptr + column[None, :] * INTERMEDIATE + depth[:, None]
         if z_ptr is not None:
-            # Looked up before the products, so that they hide the wait.
             adapter, slot, num_slots = tile_adapters(
                 first, rows, inside, expert, group_ptr, NUM_ADAPTERS
             )
-            entry = (layer * 2 + 1) * NUM_ADAPTERS * MAX_PAGES * NUM_EXPERTS + expert
-            pool_row, rank_column, mine = stack_pages(
-                0, adapter, slot, num_slots, table_ptr + entry,
-                NUM_EXPERTS, MAX_PAGES, PAGE_ROWS, STACK,
-            )  # fmt: skip
-            num_pages = most_pages(adapter, table_ptr + entry, NUM_EXPERTS, MAX_PAGES)
-            if BLOCK_M <= EARLY_ROWS:
-                z, b = load_stacked(
-                    pool_row, rank_column, mine, rows, columns, z_ptr, pool_ptr,
-                    HIDDEN, PAGE_ROWS, Z_COLUMNS,
-                )  # fmt: skip
+            table_ptr += (layer * 2 + 1) * NUM_ADAPTERS * MAX_PAGES * NUM_EXPERTS + expert
         total = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
         for k in range(0, INTERMEDIATE, BLOCK_K):
             if INTERMEDIATE % BLOCK_K == 0:
@@ -733,18 +732,11 @@ def down_tiles(
             bias_ptr += (layer * NUM_EXPERTS + expert) * HIDDEN
             total += tl.load(bias_ptr + column).to(tl.float32)[None, :]
         if z_ptr is not None:
-            if num_slots > 0:
-                if BLOCK_M > EARLY_ROWS:
-                    z, b = load_stacked(
-                        pool_row, rank_column, mine, rows, columns, z_ptr, pool_ptr,
-                        HIDDEN, PAGE_ROWS, Z_COLUMNS,
-                    )  # fmt: skip
-                total = tl.dot(z, b, total, input_precision=PRECISION)
-                total = add_rest(
-                    total, STACK, num_slots * num_pages, adapter, slot, num_slots, rows, columns,
-                    table_ptr + entry, z_ptr, pool_ptr,
-                    HIDDEN, NUM_EXPERTS, MAX_PAGES, PAGE_ROWS, Z_COLUMNS, STACK, PRECISION,
-                )  # fmt: skip
+            total = add_expand(
+                total, rows, adapter, slot, num_slots, columns, z_ptr, table_ptr, pool_ptr,
+                HIDDEN, NUM_EXPERTS, MAX_PAGES, PAGE_ROWS, Z_COLUMNS, BLOCK_M, SLOTS, PAGES,
+                PRECISION,
+            )  # fmt: skip
         tl.store(
             out_ptr + rows.to(tl.int64)[:, None] * HIDDEN + columns[None, :],
             total.to(out_ptr.dtype.element_ty),

@@ -1,0 +1,37 @@
+"""Writing files and folders that appear whole or not at all."""
+
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from moelora_jax.errors import MoeLoraError
+
+
+@contextmanager
+def new_folder(folder: str | Path, error: type[MoeLoraError]) -> Iterator[Path]:
+    """A folder to write into, which takes the name ``folder`` if the block succeeds.
+
+    Raises:
+        MoeLoraError: of the class ``error``, if something is there already.
+    """
+    folder = Path(folder).absolute()
+    if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
+        raise error(f"{folder}: already exists and is not an empty folder")
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    # Beside it, as only a rename within one file system is atomic.
+    with tempfile.TemporaryDirectory(prefix=f".{folder.name}.", dir=folder.parent) as temporary:
+        new = Path(temporary, folder.name)
+        new.mkdir()
+        yield new
+        new.rename(folder)
+
+
+@contextmanager
+def new_file(path: Path) -> Iterator[Path]:
+    """A file to write, which takes the name ``path`` if the block succeeds, whatever was there."""
+    path = path.absolute()
+    with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as temporary:
+        new = Path(temporary, path.name)
+        yield new
+        new.replace(path)
