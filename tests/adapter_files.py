@@ -236,6 +236,69 @@ def fused_tensors(
     return tensors, deltas
 
 
+def exchange_fused(tensors: Mapping[str, np.ndarray], config: ModelConfig) -> Tensors:
+    """What PEFT 0.18 would have saved where PEFT 0.19 and later save these tensors.
+
+    In ``lora_A [experts·rank, out]`` and ``lora_B [in, rank·experts]``, A and B are exchanged; they
+    change the same matrices by the same.
+    """
+    experts = config.moe.num_experts
+    exchanged = dict(tensors)
+    for name, a in tensors.items():
+        if ".mlp.experts." in name and "lora_A" in name:
+            partner = name.replace("lora_A", "lora_B")
+            b = tensors[partner]
+            by_expert_a = a.reshape(experts, -1, a.shape[1])
+            by_expert_b = b.reshape(b.shape[0], -1, experts)
+            exchanged[name] = by_expert_b.transpose(2, 1, 0).reshape(-1, b.shape[0])
+            exchanged[partner] = by_expert_a.transpose(2, 1, 0).reshape(a.shape[1], -1)
+    return exchanged
+
+
+def stacked_tensors(
+    config: ModelConfig,
+    rng: np.random.Generator,
+    *,
+    names: Sequence[str] = EXPERTS,
+    rank: int = 4,
+    scaling: float = 2.0,
+    shared_outer: bool = False,
+    dtype: Any = np.float32,
+) -> tuple[Tensors, Deltas]:
+    """Factors for all experts in one tensor each, as Megatron and SGLang have them.
+
+    Args:
+        config: the model.
+        rng: draws the factors.
+        names: of the gate, up and down projection; or two names, the first of gate and up in one.
+        rank: of every factor.
+        scaling: alpha/rank of the config that goes with the tensors.
+        shared_outer: whether all experts share the A of gate and up, and the B of down.
+        dtype: of the factors.
+    """
+    tensors: Tensors = {}
+    deltas: Deltas = {}
+    gate, up, down = _sites(config, EXPERTS)
+    groups = [[gate, up], [down]] if len(names) == 2 else [[gate], [up], [down]]
+    experts = config.moe.num_experts
+    for layer in config.moe_layers:
+        for name, group in zip(names, groups, strict=True):
+            shared_a = shared_outer and group != [down]
+            shared_b = shared_outer and group == [down]
+            each = [
+                _factors(rng, rank, group[0].in_features, sum(s.out_features for s in group), dtype)
+                for _ in range(experts)
+            ]
+            a = np.stack([a for a, _ in each[: 1 if shared_a else experts]])
+            b = np.stack([b for _, b in each[: 1 if shared_b else experts]])
+            _add(tensors, f"{PREFIX}.{layer}.mlp.experts.{name}", a, b)
+            for expert in range(experts):
+                its_a, its_b = a[0 if shared_a else expert], b[0 if shared_b else expert]
+                for site, rows in zip(group, np.split(its_b, len(group)), strict=True):
+                    deltas[Target(layer, site.name, expert)] = _product(its_a, rows, scaling)
+    return tensors, deltas
+
+
 def write_per_expert_adapter(
     folder: Path,
     config: ModelConfig,

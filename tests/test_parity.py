@@ -1,18 +1,24 @@
 """Float32 logits against PyTorch + PEFT: each row of a mixed batch against that row alone there."""
 
-from collections.abc import Callable, Iterator
+import json
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from safetensors.numpy import load_file
 
 from moelora_jax import LLM, BucketConfig, CacheConfig, LoraConfig, Prompt, RuntimeConfig
 from moelora_jax.adapters.adapter import Target
+from moelora_jax.adapters.layouts import EXPERT_LAYOUTS
 from tests.adapter_files import (
     adapter_options,
+    exchange_fused,
+    linear_tensors,
     per_expert_tensors,
     save_peft_adapter,
+    stacked_tensors,
     tiny_model_config,
     tiny_torch_model,
     write_adapter,
@@ -72,8 +78,24 @@ MODELS = {
 }
 
 
+#: Adapters of PEFT that are also saved as PEFT 0.18 would have saved them, by another name.
+SAVED_BY_PEFT_0_18 = {
+    "both rank 8": "PEFT 0.18, both rank 8",
+    "experts rank 3": "PEFT 0.18, experts rank 3",
+}
+
+#: All expert factors in one tensor each: rank, names of the projections, and whether the outer
+#: factors are shared.
+STACKED: dict[str, tuple[int, Sequence[str], bool]] = {
+    "stacked rank 5": (5, ("gate_proj", "up_proj", "down_proj"), False),
+    "stacked rank 17, gate_up fused": (17, ("gate_up_proj", "down_proj"), False),
+    "shared outer rank 16": (16, ("w1", "w3", "w2"), True),
+    "shared outer rank 24, gate_up fused": (24, ("gate_up_proj", "down_proj"), True),
+}
+
+
 def write_by_hand(folder: Path, config: Any, rng: np.random.Generator) -> dict[str, Any]:
-    """Per-expert adapters, which PEFT does not write; returns what each changes."""
+    """Adapters of layouts that PEFT does not write; returns what each changes."""
     deltas = {
         "per expert rank 3": write_per_expert_adapter(
             folder / "per expert rank 3", config, rng, rank=3, alpha=6.0
@@ -95,7 +117,25 @@ def write_by_hand(folder: Path, config: Any, rng: np.random.Generator) -> dict[s
         tensors,
         adapter_options(r=8, lora_alpha=16, target_modules=["gate_up_proj", "down_proj"]),
     )
+    for name, (rank, names, shared_outer) in STACKED.items():
+        experts, deltas[name] = stacked_tensors(
+            config, rng, names=names, rank=rank, scaling=12 / rank, shared_outer=shared_outer
+        )
+        attention, more = linear_tensors(config, rng, rank=rank, scaling=12 / rank)
+        deltas[name] |= more
+        write_adapter(
+            folder / name,
+            experts | attention,
+            adapter_options(r=rank, lora_alpha=12, target_modules=[*names, *ATTENTION]),
+        )
     return deltas
+
+
+def save_as_peft_0_18(source: Path, folder: Path, config: Any) -> None:
+    """Save what PEFT saved, with A and B of the experts exchanged."""
+    tensors = exchange_fused(load_file(source / "adapter_model.safetensors"), config)
+    options = json.loads((source / "adapter_config.json").read_text())
+    write_adapter(folder, tensors, options | {"peft_version": "0.18.1"})
 
 
 def merged(model: Any, deltas: dict[Target, np.ndarray]) -> Any:
@@ -135,23 +175,30 @@ def parity(
     fresh().save_pretrained(folder / "base")
     for name, options in SAVED_BY_PEFT.items():
         save_peft_adapter(fresh(), folder / name, seed=len(name), **options)
+    for name, old in SAVED_BY_PEFT_0_18.items():
+        save_as_peft_0_18(folder / name, folder / old, config)
     by_hand = write_by_hand(folder, config, np.random.default_rng(1))
 
     torch_models: dict[str | None, Callable[[], Any]] = {None: fresh}
     for name in SAVED_BY_PEFT:
         torch_models[name] = lambda name=name: PeftModel.from_pretrained(fresh(), folder / name)
+    for name, old in SAVED_BY_PEFT_0_18.items():
+        torch_models[old] = torch_models[name]
     for name, deltas in by_hand.items():
         torch_models[name] = lambda deltas=deltas: merged(fresh(), deltas)
 
     runtime = RuntimeConfig(
         lora=LoraConfig(max_adapters=len(torch_models), max_rank=32, pool_rank=24),
-        buckets=BucketConfig(decode=(16,), prefill=(256,)),
+        # All rows in one step.
+        buckets=BucketConfig(decode=(24,), prefill=(512,)),
         cache=CacheConfig(max_length=32),
     )
     llm = LLM.load(folder / "base", runtime=runtime, dtype=np.float32)
     for name in torch_models:
         if name is not None:
             llm.load_adapter(name, folder / name)
+    found = {layout for info in llm.adapters() for layout in info.layout.split("+")}
+    assert found == {"linear", *EXPERT_LAYOUTS}
     yield llm, torch_models
 
 
@@ -165,6 +212,7 @@ def test_mixed_batch_equals_each_row_alone_in_pytorch(
         Prompt(rng.integers(0, llm.config.vocab_size, int(rng.integers(1, 28))).tolist(), name)
         for name in names
     ]
+    assert len(prompts) <= 24 and sum(len(prompt.tokens) for prompt in prompts) <= 512
     scored = llm.score(prompts)
 
     base_model = torch_models[None]()
@@ -187,7 +235,7 @@ def test_greedy_tokens_equal_those_of_pytorch(
 ) -> None:
     llm, torch_models = parity
     rng = np.random.default_rng(3)
-    names = [None, "both rank 8", "per expert and attention rank 24", "patterns"]
+    names = [None, "both rank 8", "per expert and attention rank 24", "shared outer rank 16"]
     prompts = [
         Prompt(rng.integers(0, llm.config.vocab_size, length).tolist(), name)
         for length, name in zip((5, 11, 1, 20), names, strict=True)

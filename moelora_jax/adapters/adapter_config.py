@@ -120,7 +120,7 @@ class AdapterConfig:
         """Whether ``target_parameters`` names this parameter."""
         return any(_is_named_by(name, target) for target in self.target_parameters)
 
-    def transposes_experts(self) -> bool | None:
+    def exchanges_experts(self) -> bool | None:
         """Whether PEFT older than 0.19 saved this, which exchanges A and B of expert parameters.
 
         None if that cannot be told: the version is missing, or it is a development version from

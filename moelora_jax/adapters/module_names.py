@@ -3,30 +3,27 @@
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from enum import Enum
 from functools import cached_property
 from typing import NamedTuple
 
-
-class Storage(Enum):
-    """How the two factors of a module are laid out in a file, as far as the module's name tells."""
-
-    #: One matrix: A ``[rank, in]`` and B ``[out, rank]``.
-    LINEAR = "linear"
-    #: The same, for one projection of one expert.
-    PER_EXPERT = "per_expert"
-    #: All experts in one matrix each, as PEFT saves adapted parameters: A ``[experts·rank, in]``
-    #: and B ``[out, rank·experts]``.
-    PEFT_FUSED = "peft_fused"
-    #: All experts in one tensor each: A ``[experts, rank, in]`` and B ``[experts, out, rank]``.
-    STACKED = "stacked"
+from moelora_jax.adapters.layouts import (
+    LINEAR,
+    PEFT_FUSED,
+    PEFT_FUSED_0_18,
+    PER_EXPERT,
+    SHARED_OUTER_IN,
+    SHARED_OUTER_OUT,
+    STACKED,
+    FactorLayout,
+)
 
 
 class ModulePlace(NamedTuple):
     """Where in the model a module of an adapter file is.
 
     Attributes:
-        storage: how its factors are laid out.
+        layouts: how its factors may be laid out, as far as the name tells. None at all for an
+            expert projection that the model lacks.
         layer: the model's layer index.
         module: the module's name, without the ``base_layer`` that PEFT appends.
         sites: names of the sites that its rows belong to, in their order. Empty for PEFT_FUSED,
@@ -35,7 +32,7 @@ class ModulePlace(NamedTuple):
         wrapped: whether PEFT has wrapped this PEFT_FUSED module in another.
     """
 
-    storage: Storage
+    layouts: tuple[FactorLayout, ...]
     layer: int
     module: str
     sites: tuple[str, ...] = ()
@@ -51,12 +48,17 @@ class ModuleNames:
         linear: path of a linear module inside a layer to the name of its site.
         experts: paths inside a layer by which adapters may call the routed experts.
         projections: name of an expert projection to the names of the sites that it is made of, in
-            the order in which their rows are stored.
+            the order in which their rows are stored. The first name of a site is the one that is
+            written. A projection of no sites is one that the model lacks, though files for all
+            experts may hold empty tensors for it.
         expert_parameters: the projections that are parameters of the whole experts module, in the
-            order in which PEFT wraps them: the first one becomes the innermost.
+            order in which PEFT wraps them: the first one becomes the innermost. It leads into the
+            experts, the second out of them.
         layers: names by which adapters may call the list of layers.
         interleaved: whether the rows of a projection of two sites alternate; otherwise those of the
             second follow those of the first.
+        in_features_first: whether the expert parameters are ``[experts, in, out]``. All versions of
+            PEFT save the factors of these alike; of others, 0.17 and 0.18 exchange A and B.
     """
 
     linear: Mapping[str, str]
@@ -69,6 +71,7 @@ class ModuleNames:
         "language_model.model.layers",
     )
     interleaved: bool = False
+    in_features_first: bool = False
 
     def locate(self, module: str) -> ModulePlace | None:
         """Find a module of an adapter file in the model; None if the family has no such module.
@@ -81,18 +84,24 @@ class ModuleNames:
             return None
         layer, expert = int(found["layer"]), found["expert"]
         if found["linear"]:
-            return ModulePlace(Storage.LINEAR, layer, module, (self.linear[found["linear"]],))
+            return ModulePlace((LINEAR,), layer, module, (self.linear[found["linear"]],))
         if found["projection"]:
             sites = self.projections[found["projection"]]
-            if expert:
-                return ModulePlace(Storage.PER_EXPERT, layer, module, sites, int(expert))
-            return ModulePlace(Storage.STACKED, layer, module, sites)
-        if expert:
+            if expert is None:
+                return ModulePlace(self._stacked(sites), layer, module, sites)
+            return ModulePlace((PER_EXPERT,), layer, module, sites, int(expert)) if sites else None
+        if expert is not None:
             return None
         wrapped = found["wrapped"] or ""
-        return ModulePlace(
-            Storage.PEFT_FUSED, layer, module.removesuffix(wrapped), wrapped=bool(wrapped)
-        )
+        layouts = (PEFT_FUSED,) if self.in_features_first else (PEFT_FUSED, PEFT_FUSED_0_18)
+        return ModulePlace(layouts, layer, module.removesuffix(wrapped), wrapped=bool(wrapped))
+
+    def _stacked(self, sites: tuple[str, ...]) -> tuple[FactorLayout, ...]:
+        """The layouts of a projection whose name stands for all experts."""
+        if not sites:
+            return ()
+        leads_out = sites == self.projections[self.expert_parameters[1]]
+        return (STACKED, SHARED_OUTER_OUT if leads_out else SHARED_OUTER_IN)
 
     @cached_property
     def _module(self) -> re.Pattern[str]:
@@ -110,7 +119,8 @@ def _any_of(names: Iterable[str]) -> str:
     return "|".join(map(re.escape, names))
 
 
-#: Qwen3-MoE, as transformers v4 (per expert) and v5 (fused parameters) name its modules.
+#: Qwen3-MoE, as transformers v4 (per expert), transformers v5 (fused parameters) and Megatron (w1,
+#: w3, w2) name its modules.
 QWEN3_MOE_NAMES = ModuleNames(
     linear={f"self_attn.{site}": site for site in ("q_proj", "k_proj", "v_proj", "o_proj")},
     experts=("mlp.experts",),
@@ -119,6 +129,9 @@ QWEN3_MOE_NAMES = ModuleNames(
         "up_proj": ("up_proj",),
         "gate_up_proj": ("gate_proj", "up_proj"),
         "down_proj": ("down_proj",),
+        "w1": ("gate_proj",),
+        "w3": ("up_proj",),
+        "w2": ("down_proj",),
     },
     expert_parameters=("gate_up_proj", "down_proj"),
 )

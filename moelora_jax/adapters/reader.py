@@ -3,7 +3,7 @@
 Two rules. Every tensor in the file is used, or reading fails and names the tensor. And only
 safetensors is read, never a pickle.
 
-Layouts that are read, in any combination within one file:
+Layouts that are read (:mod:`~moelora_jax.adapters.layouts` has them as a table):
 
 * **linear**: A ``[rank, in]`` and B ``[out, rank]`` of an ordinary linear layer;
 * **per_expert**: the same for a projection of one expert; a ``gate_up_proj`` is both projections,
@@ -11,14 +11,23 @@ Layouts that are read, in any combination within one file:
 * **peft_fused**: a parameter of all experts, as PEFT 0.19 and later save ``target_parameters``:
   A ``[experts·rank, in]``, where the ranks of one expert are neighbours, and
   B ``[out, rank·experts]``, where the experts of one rank are neighbours. PEFT also saves this when
-  it has converted per-expert ``target_modules``.
+  it has converted per-expert ``target_modules``;
+* **peft_fused_0_18**: the same from PEFT 0.17 and 0.18, which exchange A and B: ``lora_A`` is
+  ``[experts·rank, out]`` and ``lora_B`` is ``[in, rank·experts]``;
+* **stacked**: all experts in one tensor: A ``[experts, rank, in]`` and B ``[experts, out, rank]``;
+* **shared_outer**: the same, but all experts share the factor on the outer side, the A of gate and
+  up and the B of down, whose first axis is 1.
+
+Names and shapes tell the layout. Where a parameter is square, another one of the file tells whether
+PEFT exchanged A and B, or else the ``peft_version`` of the config. One file may hold several
+layouts, but not both of peft_fused and peft_fused_0_18, nor both of stacked and shared_outer.
 
 Layers, experts and projections without tensors are not changed. A tensor's rank must be what the
 config says after its patterns: no convention that divides or multiplies it for experts is accepted.
 """
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple, NoReturn
@@ -27,7 +36,17 @@ import numpy as np
 
 from moelora_jax.adapters.adapter import Adapter, LowRankUpdate, Target
 from moelora_jax.adapters.adapter_config import AdapterConfig, read_adapter_config
-from moelora_jax.adapters.module_names import QWEN3_MOE_NAMES, ModuleNames, ModulePlace, Storage
+from moelora_jax.adapters.layouts import (
+    EXPERT_LAYOUTS,
+    LINEAR,
+    PEFT_FUSED,
+    PEFT_FUSED_0_18,
+    FactorLayout,
+    Sizes,
+    shape_of,
+    wrong_axes,
+)
+from moelora_jax.adapters.module_names import QWEN3_MOE_NAMES, ModuleNames, ModulePlace
 from moelora_jax.config import LoraSite
 from moelora_jax.errors import AdapterError
 from moelora_jax.safetensors_file import SafetensorsFile
@@ -68,19 +87,21 @@ class _Change:
 
     Attributes:
         pair: the factors.
-        storage: how they are laid out.
+        layouts: how they may be laid out, as far as the module's name tells.
         layer: the model's layer index.
         name: what PEFT calls the changed module or parameter; patterns and targets match this.
         sites: the sites that the matrix's rows belong to, in their order.
         experts: the experts that the factors hold, in their order; 0 for a linear layer.
+        rank: what the config says.
     """
 
     pair: _Pair
-    storage: Storage
+    layouts: Sequence[FactorLayout]
     layer: int
     name: str
     sites: Sequence[LoraSite]
     experts: Sequence[int]
+    rank: int
 
     @property
     def in_features(self) -> int:
@@ -90,9 +111,40 @@ class _Change:
     def out_features(self) -> int:
         return sum(site.out_features for site in self.sites)
 
+    @property
+    def sizes(self) -> Sizes:
+        """The length of each letter of a layout."""
+        return {
+            "1": 1,
+            "e": len(self.experts),
+            "r": self.rank,
+            "i": self.in_features,
+            "o": self.out_features,
+        }
+
+    def likely_layouts(self) -> list[FactorLayout]:
+        """The layouts that the shapes fit best, the rank aside."""
+        misfits = [
+            sum("r" not in axis for axis in self.wrong_axes(layout)) for layout in self.layouts
+        ]
+        return [
+            layout
+            for layout, misfit in zip(self.layouts, misfits, strict=True)
+            if misfit == min(misfits)
+        ]
+
+    def wrong_axes(self, layout: FactorLayout) -> list[str]:
+        """The axes of both factors whose length is not the layout's."""
+        a, b = self.pair.a_shape, self.pair.b_shape
+        return wrong_axes(layout.a, a, self.sizes) + wrong_axes(layout.b, b, self.sizes)
+
 
 def read_adapter(
-    folder: str | Path, sites: Sequence[LoraSite], *, module_names: ModuleNames
+    folder: str | Path,
+    sites: Sequence[LoraSite],
+    *,
+    module_names: ModuleNames,
+    layout: str | None = None,
 ) -> Adapter:
     """Read an adapter folder and check all of it against a model.
 
@@ -100,21 +152,27 @@ def read_adapter(
         folder: holds ``adapter_config.json`` and ``adapter_model.safetensors``.
         sites: what adapters may change in the model.
         module_names: how adapters for this family of models name their modules.
+        layout: one of ``EXPERT_LAYOUTS``, for adapters whose shapes and version do not tell it. All
+            tensors of routed experts must fit it; ``peft_version`` is not asked then.
 
     Returns:
         The adapter. Its factors are finite and keep the file's dtype: float64, float32, float16 or
-        bfloat16. Those that come from one tensor are views of one array.
+        bfloat16. Those that come from one tensor are views of one array, and a factor that several
+        experts or projections share is the same view in each of them.
 
     Raises:
-        AdapterError: if a file is missing or damaged; an option, dtype or layout is not supported;
-            a tensor is unknown, unpaired, not finite, or its shape contradicts the model or the
-            config; or the config names a target that has no tensors.
+        AdapterError: if a file is missing or damaged; an option or dtype is not supported; the
+            layout is unknown, in doubt, or not the one asked for; a tensor is unknown, unpaired,
+            not finite, or its shape contradicts the model or the config; or the config names a
+            target that has no tensors.
     """
+    if layout not in (None, *EXPERT_LAYOUTS):
+        raise AdapterError(f"layout {layout!r} is not one of {', '.join(EXPERT_LAYOUTS)}")
     folder = Path(folder)
     config = read_adapter_config(folder)
     with SafetensorsFile(adapter_weights(folder), AdapterError) as file:
-        layout, updates = _Reader(file, config, sites, module_names).read()
-    return Adapter(layout, updates, source=str(folder))
+        found, updates = _Reader(file, config, sites, module_names, layout).read()
+    return Adapter(found, updates, source=str(folder))
 
 
 def adapter_weights(folder: Path) -> Path:
@@ -135,7 +193,7 @@ def adapter_weights(folder: Path) -> Path:
 
 
 class _Reader:
-    """Reads one file of tensors; the steps are methods because all of them need the same four."""
+    """Reads one file of tensors; the steps are methods because all of them need the same five."""
 
     def __init__(
         self,
@@ -143,28 +201,34 @@ class _Reader:
         config: AdapterConfig,
         sites: Sequence[LoraSite],
         names: ModuleNames,
+        layout: str | None,
     ) -> None:
         self.file = file
         self.config = config
         self.sites = {site.name: site for site in sites}
         self.names = names
+        self.asked = layout
 
     def read(self) -> tuple[str, dict[Target, LowRankUpdate]]:
         """The layout's name and the updates."""
-        changes = self._changes()
-        self._check_experts_not_transposed(changes)
-        for change in changes:
-            self._check_shapes(change)
-        self.config.check_targets({change.name for change in changes})
+        places = {pair: self._place(pair) for pair in self._pairs()}
+        changes = self._changes(places)
+        if not changes:
+            raise AdapterError(f"{self.file.path}: holds no tensors that change the model")
+        layouts = self._layouts(changes)
+        for change, layout in layouts.items():
+            self._check_shapes(change, layout)
+        absent = {place.module for place in places.values() if not place.layouts}
+        self.config.check_targets({change.name for change in changes} | absent)
         updates: dict[Target, LowRankUpdate] = {}
         tensors: dict[Target, str] = {}
-        for change in changes:
-            for target, update in self._updates(change):
+        for change, layout in layouts.items():
+            for target, update in self._updates(change, layout):
                 if target in updates:
                     self._fail(change.pair.a, f"changes the same as {tensors[target]!r}: {target}")
                 updates[target], tensors[target] = update, change.pair.a
-        found = {change.storage for change in changes}
-        return "+".join(storage.value for storage in Storage if storage in found), updates
+        found = {layout.name for layout in layouts.values()}
+        return "+".join(name for name in (LINEAR.name, *EXPERT_LAYOUTS) if name in found), updates
 
     # From names to changes.
 
@@ -187,50 +251,49 @@ class _Reader:
                 self._fail(tensor, f"has no lora_{missing} beside it")
             shapes = (self.file.headers[names[factor]].shape for factor in "AB")
             pairs.append(_Pair(module, names["A"], names["B"], *shapes))
-        if not pairs:
-            raise AdapterError(f"{self.file.path}: holds no tensors")
         return pairs
-
-    def _changes(self) -> list[_Change]:
-        """What each pair of the file changes."""
-        places = {pair: self._place(pair) for pair in self._pairs()}
-        fused = {
-            (place.module, place.wrapped): pair
-            for pair, place in places.items()
-            if place.storage is Storage.PEFT_FUSED
-        }
-        changes = []
-        for pair, place in places.items():
-            if place.storage is Storage.PEFT_FUSED:
-                other = fused.get((place.module, not place.wrapped))
-                changes.append(self._fused_change(pair, place, other))
-            else:
-                changes.append(self._change(pair, place))
-        return changes
 
     def _place(self, pair: _Pair) -> ModulePlace:
         place = self.names.locate(pair.module)
         if place is None:
             self._fail(pair.a, "is for a module that adapters of this model cannot change")
-        dimensions = 3 if place.storage is Storage.STACKED else 2
+        if not place.layouts:
+            self._check_absent(pair, place)
+            return place
+        dimensions = place.layouts[0].num_axes
         for tensor, shape in ((pair.a, pair.a_shape), (pair.b, pair.b_shape)):
             if len(shape) != dimensions:
                 self._fail(tensor, f"has shape {shape}, expected {dimensions} dimensions")
-        if place.storage is Storage.STACKED:
-            is_shared = 1 in (pair.a_shape[0], pair.b_shape[0])
-            self._refuse_layout(pair, "shared outer experts" if is_shared else "stacked experts")
         return place
 
+    def _changes(self, places: Mapping[_Pair, ModulePlace]) -> list[_Change]:
+        """What each pair of the file changes."""
+        fused = {
+            (place.module, place.wrapped): pair
+            for pair, place in places.items()
+            if PEFT_FUSED in place.layouts
+        }
+        changes = []
+        for pair, place in places.items():
+            if PEFT_FUSED in place.layouts:
+                other = fused.get((place.module, not place.wrapped))
+                changes.append(self._fused_change(pair, place, other))
+            elif place.layouts:
+                changes.append(self._change(pair, place))
+        return changes
+
     def _change(self, pair: _Pair, place: ModulePlace) -> _Change:
-        """The change of a linear layer or of one expert."""
+        """The change of a linear layer, or of a projection of one expert or of all."""
         sites = self._sites(pair, place.layer, place.sites)
-        expert = place.expert or 0
-        if expert >= sites[0].table_experts:
-            self._fail(pair.a, f"is for expert {expert} of {sites[0].num_experts}, counted from 0")
+        every = range(sites[0].table_experts)
+        if place.expert is not None and place.expert not in every:
+            self._fail(pair.a, f"is for expert {place.expert} of {len(every)}, counted from 0")
+        experts = every if place.expert is None else (place.expert,)
         # PEFT can adapt the weight of a linear layer as a parameter; the tensors are the same.
         weight = f"{place.module}.weight"
         name = weight if self.config.targets_parameter(weight) else place.module
-        return _Change(pair, place.storage, place.layer, name, sites, (expert,))
+        rank = self.config.rank_of(name)
+        return _Change(pair, place.layouts, place.layer, name, sites, experts, rank)
 
     def _fused_change(self, pair: _Pair, place: ModulePlace, other: _Pair | None) -> _Change:
         """The change of a parameter of all experts.
@@ -244,7 +307,8 @@ class _Reader:
         sites = self._sites(pair, place.layer, self.names.projections[parameter])
         name = f"{place.module}.{parameter}"
         experts = range(sites[0].num_experts)
-        return _Change(pair, place.storage, place.layer, name, sites, experts)
+        rank = self.config.rank_of(name)
+        return _Change(pair, place.layouts, place.layer, name, sites, experts, rank)
 
     def _expert_parameter(self, pair: _Pair, place: ModulePlace, other: _Pair | None) -> str:
         """Which parameter it is: PEFT's tensor names only tell if there are two of them."""
@@ -284,61 +348,102 @@ class _Reader:
                 self._fail(pair.a, f"is for layer {layer}; the layers with {name} are {layers}")
         return [self.sites[name] for name in names]
 
-    # Checks.
+    def _check_absent(self, pair: _Pair, place: ModulePlace) -> None:
+        """Check a projection that the model lacks: the layer has experts, the tensors are empty."""
+        self._sites(pair, place.layer, self.names.projections[self.names.expert_parameters[1]])
+        for tensor, shape in ((pair.a, pair.a_shape), (pair.b, pair.b_shape)):
+            if 0 not in shape:
+                self._fail(tensor, f"has shape {shape}, but the model has no such projection")
 
-    def _check_experts_not_transposed(self, changes: Sequence[_Change]) -> None:
-        """Refuse fused experts from PEFT 0.17 or 0.18, which exchange the features of A and B."""
-        doubtful = []
+    # From shapes to layouts.
+
+    def _layouts(self, changes: Sequence[_Change]) -> dict[_Change, FactorLayout]:
+        """The layout of each change."""
+        told = {} if self.asked else self._layouts_by_shape(changes)
+        return {change: self._layout(change, told) for change in changes}
+
+    def _layouts_by_shape(self, changes: Sequence[_Change]) -> dict[FactorLayout, str]:
+        """Where several layouts are possible, which one the file has, if a shape tells.
+
+        Returns:
+            For the first one of the possible layouts, the name of the one that the file has.
+        """
+        told: dict[FactorLayout, tuple[str, str]] = {}
         for change in changes:
-            if change.storage is Storage.PEFT_FUSED:
-                found = (change.pair.a_shape[1], change.pair.b_shape[0])
-                if found == (change.in_features, change.out_features):
-                    doubtful.append(change)
-                elif found == (change.out_features, change.in_features):
-                    self._refuse_transposed(change)
-        # One parameter that is not square decides for the whole file.
-        if not doubtful or any(c.in_features != c.out_features for c in doubtful):
-            return
-        transposes = self.config.transposes_experts()
-        if transposes:
-            self._refuse_transposed(doubtful[0])
-        if transposes is None:
-            self._fail(
-                doubtful[0].pair.a,
-                "is of a square matrix, which PEFT before 0.19 saves transposed: peft_version in "
-                f"{self.config.path.name} must tell, and is {self.config.peft_version!r}",
-            )
+            likely = change.likely_layouts()
+            if len(likely) > 1:
+                continue
+            name, tensor = likely[0].name, change.pair.a
+            other, other_tensor = told.setdefault(change.layouts[0], (name, tensor))
+            if other != name:
+                self._fail(
+                    tensor,
+                    f"of shape {change.pair.a_shape}, with lora_B of shape {change.pair.b_shape}, "
+                    f"is of the layout {name}, but {other_tensor!r} is of {other}",
+                )
+        return {first: name for first, (name, _) in told.items()}
 
-    def _check_shapes(self, change: _Change) -> None:
+    def _layout(self, change: _Change, told: Mapping[FactorLayout, str]) -> FactorLayout:
+        first = change.layouts[0]
+        if self.asked and first is not LINEAR:
+            name = self.asked
+        else:
+            name = told.get(first) or self._layout_by_version(change)
+        for layout in change.layouts:
+            if layout.name == name:
+                return layout
+        self._fail(change.pair.a, f"cannot be of the layout {name}, which was asked for")
+
+    def _layout_by_version(self, change: _Change) -> str:
+        """The layout's name if no shape in the file tells it."""
+        is_square = change.in_features == change.out_features
+        if PEFT_FUSED_0_18 not in change.layouts or not is_square:
+            # Stacked factors of one expert are the same, shared or not. Else nothing fits.
+            return change.layouts[0].name
+        exchanges = self.config.exchanges_experts()
+        if exchanges is None:
+            self._fail(
+                change.pair.a,
+                "is of a square matrix, where PEFT before 0.19 exchanges A and B: peft_version in "
+                f"{self.config.path.name} must tell, and is {self.config.peft_version!r}; or ask "
+                f"for layout {PEFT_FUSED.name!r} or {PEFT_FUSED_0_18.name!r}",
+            )
+        return PEFT_FUSED_0_18.name if exchanges else PEFT_FUSED.name
+
+    def _check_shapes(self, change: _Change, layout: FactorLayout) -> None:
         """Check both factors against the model's features and the config's rank."""
-        pair, rank = change.pair, self.config.rank_of(change.name)
-        ranks = rank * len(change.experts)
-        factors = (
-            (pair.a, pair.a_shape, (ranks, change.in_features), 1),
-            (pair.b, pair.b_shape, (change.out_features, ranks), 0),
-        )
-        for tensor, shape, expected, features in factors:
-            if shape[features] != expected[features]:
-                reason = "this looks like an adapter for another model"
+        pair = change.pair
+        for tensor, shape, axes in (
+            (pair.a, pair.a_shape, layout.a),
+            (pair.b, pair.b_shape, layout.b),
+        ):
+            wrong = wrong_axes(axes, shape, change.sizes)
+            if not wrong:
+                continue
+            if all("r" in axis for axis in wrong):
+                reason = f"{self.config.path.name} gives {change.name} rank {change.rank}"
+            elif self.asked:
+                reason = f"the layout {self.asked}, which was asked for, does not fit"
             else:
-                reason = f"{self.config.path.name} gives {change.name} rank {rank}"
-            if shape != expected:
-                self._fail(tensor, f"has shape {shape}, expected {expected}: {reason}")
+                reason = "this looks like an adapter for another model"
+            expected = shape_of(axes, change.sizes)
+            self._fail(tensor, f"has shape {shape}, expected {expected}: {reason}")
 
     # From changes to arrays.
 
-    def _updates(self, change: _Change) -> Iterator[tuple[Target, LowRankUpdate]]:
+    def _updates(
+        self, change: _Change, layout: FactorLayout
+    ) -> Iterator[tuple[Target, LowRankUpdate]]:
         """Read both factors and take them apart by expert and by site."""
-        experts, rank = len(change.experts), self.config.rank_of(change.name)
         scaling = self.config.scaling_of(change.name)
-        a = self._factor(change.pair.a).reshape(experts, rank, change.in_features)
-        b = self._factor(change.pair.b).reshape(change.out_features, rank, experts)
-        rows = self._rows(change.sites)
-        for i, expert in enumerate(change.experts):
-            shared = a[i]
-            for site, site_rows in zip(change.sites, rows, strict=True):
-                target = Target(change.layer, site.name, expert)
-                yield target, LowRankUpdate(shared, b[site_rows, :, i], scaling)
+        a, b = layout.take_apart(
+            self._factor(change.pair.a), self._factor(change.pair.b), change.sizes
+        )
+        each_a = _of_each_expert(a, change)
+        for site, rows in zip(change.sites, self._rows(change.sites), strict=True):
+            each_b = _of_each_expert(b[:, rows], change)
+            for expert, its_a, its_b in zip(change.experts, each_a, each_b, strict=True):
+                yield Target(change.layer, site.name, expert), LowRankUpdate(its_a, its_b, scaling)
 
     def _rows(self, sites: Sequence[LoraSite]) -> list[slice]:
         """Where the rows of each site are in a B that holds all of them."""
@@ -360,12 +465,7 @@ class _Reader:
     def _fail(self, tensor: str, reason: str) -> NoReturn:
         raise AdapterError(f"{self.file.path}: tensor {tensor!r} {reason}")
 
-    def _refuse_transposed(self, change: _Change) -> NoReturn:
-        self._refuse_layout(change.pair, "fused experts of PEFT 0.17 and 0.18")
 
-    def _refuse_layout(self, pair: _Pair, layout: str) -> NoReturn:
-        self._fail(
-            pair.a,
-            f"of shape {pair.a_shape}, with lora_B of shape {pair.b_shape}, is of the layout "
-            f"'{layout}', which is not supported yet",
-        )
+def _of_each_expert(factors: np.ndarray, change: _Change) -> list[np.ndarray]:
+    """One view for each expert; the very same one if ``factors`` holds one for all of them."""
+    return list(factors) * (len(change.experts) // len(factors))

@@ -151,9 +151,10 @@ class _Writer:
         self.sites = sites
         self.names = names
         self.path_of_linear = {site: path for path, site in names.linear.items()}
-        self.projection_of_site = {
-            sites[0]: name for name, sites in names.projections.items() if len(sites) == 1
-        }
+        self.projection_of_site: dict[str, str] = {}
+        for name, made_of in names.projections.items():
+            if len(made_of) == 1:
+                self.projection_of_site.setdefault(made_of[0], name)
 
     def modules(self, layout: Layout) -> list[_Module]:
         """All pairs of tensors, in order of the model."""

@@ -19,7 +19,7 @@ from moelora_jax.engine import engine
 from moelora_jax.engine.engine import Engine, FinishReason
 from moelora_jax.engine.runner import Runner
 from moelora_jax.engine.sampling import Sampling
-from moelora_jax.errors import CapacityError, RequestError
+from moelora_jax.errors import AdapterError, CapacityError, RequestError
 from moelora_jax.models import ModelFamily, load_model
 from moelora_jax.workspace import MemoryPlan
 
@@ -109,12 +109,20 @@ class LLM:
         model, config, family = load_model(folder, dtype, progress=progress)
         return cls(model, config, family, runtime=runtime, dtype=dtype)
 
-    def load_adapter(self, name: str, adapter: str | Path | Adapter, *, pin: bool = False) -> None:
+    def load_adapter(
+        self,
+        name: str,
+        adapter: str | Path | Adapter,
+        *,
+        layout: str | None = None,
+        pin: bool = False,
+    ) -> None:
         """Load an adapter, or replace the one of that name.
 
         Args:
             name: what prompts call it.
             adapter: a folder, or an adapter made in memory.
+            layout: of the experts in the folder; needed only if reading asks for one.
             pin: keep it on the device.
 
         Raises:
@@ -122,13 +130,23 @@ class LLM:
             CapacityError: its rank or size exceeds the limits. Nothing is changed on any error.
         """
         if not isinstance(adapter, Adapter):
-            adapter = self.read_adapter(adapter)
+            adapter = self.read_adapter(adapter, layout=layout)
+        elif layout is not None:
+            raise AdapterError(f"layout {layout!r} is of folders; {name!r} is in memory already")
         self.runner.registry.load(name, adapter, pin=pin)
 
-    def read_adapter(self, folder: str | Path) -> Adapter:
-        """Read and check an adapter folder without loading it."""
+    def read_adapter(self, folder: str | Path, *, layout: str | None = None) -> Adapter:
+        """Read and check an adapter folder without loading it.
+
+        Args:
+            folder: ``adapter_config.json`` and ``adapter_model.safetensors``.
+            layout: of the experts; needed only if reading asks for one.
+        """
         return read_adapter(
-            folder, self.config.lora_sites(), module_names=self._family.module_names
+            folder,
+            self.config.lora_sites(),
+            module_names=self._family.module_names,
+            layout=layout,
         )
 
     def unload_adapter(self, name: str) -> None:
