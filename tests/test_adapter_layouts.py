@@ -27,6 +27,7 @@ from tests.adapter_files import (
     ATTENTION,
     EXPERTS,
     PREFIX,
+    TARGET_PARAMETERS,
     Deltas,
     Tensors,
     adapter_options,
@@ -377,6 +378,19 @@ def test_parameters_with_in_features_first_are_alike_in_all_versions(tmp_path: P
         assert_describes(read(tmp_path, SQUARE_DOWN, names=names), deltas, tolerance=EXACT)
     with pytest.raises(AdapterError, match=r"cannot be of the layout peft_fused_0_18"):
         read(tmp_path, SQUARE_DOWN, names=names, layout="peft_fused_0_18")
+
+
+@pytest.mark.parametrize("version", ["0.18.1", "0.21.2", None])
+@pytest.mark.parametrize("layout", PAIRS_OF_LAYOUTS[0])
+def test_parameters_of_another_model_are_not_taken_for_square(
+    tmp_path: Path, layout: str, version: str | None
+) -> None:
+    """Neither features nor their exchange fit, so that the shapes are equally far from both."""
+    tensors, _ = tensors_of(layout, tiny_model_config(hidden_size=52, intermediate_size=22))
+    options = adapter_options(peft_version=version, target_parameters=TARGET_PARAMETERS)
+    write_adapter(tmp_path, tensors, options)
+    with pytest.raises(AdapterError, match=r"experts.*lora_A.*another model"):
+        read(tmp_path)
 
 
 # Shared outer experts.

@@ -123,20 +123,14 @@ class _Change:
         }
 
     def likely_layouts(self) -> list[FactorLayout]:
-        """The layouts that the shapes fit best, the rank aside."""
-        misfits = [
-            sum("r" not in axis for axis in self.wrong_axes(layout)) for layout in self.layouts
-        ]
-        return [
-            layout
-            for layout, misfit in zip(self.layouts, misfits, strict=True)
-            if misfit == min(misfits)
-        ]
-
-    def wrong_axes(self, layout: FactorLayout) -> list[str]:
-        """The axes of both factors whose length is not the layout's."""
+        """The layouts that the shapes fit best; a wrong rank is as wrong in all of them."""
         a, b = self.pair.a_shape, self.pair.b_shape
-        return wrong_axes(layout.a, a, self.sizes) + wrong_axes(layout.b, b, self.sizes)
+        misfits = [
+            len(wrong_axes(layout.a, a, self.sizes) + wrong_axes(layout.b, b, self.sizes))
+            for layout in self.layouts
+        ]
+        each = zip(self.layouts, misfits, strict=True)
+        return [layout for layout, misfit in each if misfit == min(misfits)]
 
 
 def read_adapter(
