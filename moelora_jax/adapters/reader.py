@@ -353,7 +353,7 @@ class _Reader:
 
     def _layouts(self, changes: Sequence[_Change]) -> dict[_Change, FactorLayout]:
         """The layout of each change."""
-        told = {} if self.asked else self._layouts_by_shape(changes)
+        told = self._layouts_by_shape(changes)
         return {change: self._layout(change, told) for change in changes}
 
     def _layouts_by_shape(self, changes: Sequence[_Change]) -> dict[FactorLayout, str]:
