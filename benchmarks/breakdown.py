@@ -1,6 +1,6 @@
 """Time of every kernel of one MoE-LoRA layer: ``python -m benchmarks.breakdown --tokens 32``.
 
-Kernels are traced outside command buffers, so their gaps are not those of production; their durations are.
+Kernels are traced outside command buffers: the durations are those of production, the gaps not.
 """
 
 import argparse
@@ -17,7 +17,6 @@ import jax
 from benchmarks.moe_layer import arguments, layers_program, new_state
 from benchmarks.workload import Point, Workload, auto_adapters
 
-#: Names of the kernels start with these; what follows is the compiler's.
 LAYERS = 4
 
 
@@ -45,7 +44,7 @@ def kernel_times(point: Point, lora: bool) -> dict[str, tuple[float, float]]:
                     for event in line.events:
                         durations[event.name].append(event.duration_ns / 1000)
     return {
-        name: (statistics.median(times), len(times) / calls / LAYERS)
+        name: (statistics.median(times), len(times) / calls / work.chained)
         for name, times in durations.items()
     }
 

@@ -1,12 +1,12 @@
-"""Times one MoE layer with and without LoRA against other engines and the roofline.
+"""Times one MoE layer with and without LoRA, beside other engines and the roofline.
 
     python -m benchmarks.moe_layer --model qwen3-30b-a3b --tokens 1,8,32 --rank 16 --json FILE
-    python -m benchmarks.moe_layer --points anchors --json FILE
+    python -m benchmarks.moe_layer --points anchors --workers 12 --json FILE
 
-A program holds several chained layers with different weights, adapters and routing, writes donated
-workspaces in place, and is called many times without waiting in between; the figure is the median over
-repetitions of time per layer. Points run in worker processes, which compile side by side and take turns
-to measure.
+A program holds many chained layers with different weights, adapters and routing, writes donated
+workspaces in place, and is called many times without waiting in between; the figure is the median
+over repetitions of time per layer. Points run in worker processes, which compile side by side and
+have the device to themselves while they measure.
 """
 
 import argparse
@@ -20,7 +20,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -28,32 +28,28 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from moelora_kernels import backend
 
 from benchmarks.workload import MODELS, Point, Workload, anchor_of, anchors, auto_adapters
 from moelora_jax.moe import MoeWorkspace, moe_experts, moe_lora
+from moelora_kernels import backend
 
 Program = Callable[..., Any]
 
 
-def layers_program(
-    work: Workload, *, lora: bool, router: bool = False, chained: int | None = None
-) -> Program:
-    """``chained`` layers one after another on the same hidden states, unrolled."""
-    chained = chained or work.layers
+def layers_program(work: Workload, *, lora: bool, router: bool = False) -> Program:
+    """The workload's chain of layers, all on the same hidden states, unrolled."""
     config = work.point.config
 
     def program(state: Any, x: Any, params: Any, pages: Any, batches: Any, adapters: Any) -> Any:
         refs, out = jax.tree.map(jax.new_ref, state)
-        for layer in (index % work.layers for index in range(chained)):
-            batch = batches[layer]
+        for step, batch in enumerate(batches):
             options = {
                 "adapter_of_token": adapters if lora else None,
                 "pages": pages if lora else None,
                 "workspace": refs,
                 "out": out,
             }
-            index = jnp.int32(layer)
+            index = jnp.int32(step % work.layers)
             if router:
                 moe_lora(x, params, index, config, **options)
             else:
@@ -113,43 +109,46 @@ def time_program(
     }, state
 
 
-def relative_error(
-    work: Workload, layer: int, out: jax.Array, lora: bool, tokens: int = 3
-) -> float:
-    """Of one layer's output for some tokens, against float64."""
+def relative_error(work: Workload, out: np.ndarray, lora: bool, tokens: int = 2) -> float:
+    """Of the last layer's output for some tokens, against float64."""
     chosen = np.linspace(0, work.point.tokens - 1, min(tokens, work.point.tokens)).astype(int)
-    expected = np.stack([work.expected_token(layer, int(t), lora) for t in chosen])
-    actual = np.asarray(out)[chosen].astype(np.float64)
+    expected = np.stack([work.expected_token(work.chained - 1, int(t), lora) for t in chosen])
+    actual = out[chosen].astype(np.float64)
     return float(np.linalg.norm(actual - expected) / np.linalg.norm(expected))
 
 
-def chained_layers(work: Workload) -> int:
-    """Enough that the device is busy for longer than a call takes to dispatch."""
-    return int(np.clip(np.ceil(3000 / work.roofline_us()), work.layers, 64))
-
-
-def measure(point: Point, layers: int, turn: Callable[[], Any], budget_s: float) -> dict[str, Any]:
+def measure(
+    point: Point, layers: int, device: "Device", budget_s: float, router: bool
+) -> dict[str, Any]:
     """One point: base time, LoRA time, error, roofline."""
     work = Workload(point, layers)
-    chained = chained_layers(work)
-    variants = {"base": (False, False), "lora": (True, False), "lora_and_router": (True, True)}
+    chained = work.chained
+    variants = {"base": (False, False), "lora": (True, False)}
+    if router:
+        variants["lora_and_router"] = (True, True)
 
     def compile_one(name: str) -> Any:
         lora, router = variants[name]
-        program = layers_program(work, lora=lora, router=router, chained=chained)
+        program = layers_program(work, lora=lora, router=router)
         return program.lower(*argument_shapes(point, layers, lora)).compile()
 
     with ThreadPoolExecutor() as pool:
         compiled = dict(zip(variants, pool.map(compile_one, variants), strict=True))
     row: dict[str, Any] = {**point.describe(), "layers": layers, "chained": chained}
     outputs = {}
-    with turn():
-        for name, (lora, _) in variants.items():
-            state, args = new_state(work, lora), arguments(work, lora)
-            row[name], state = time_program(compiled[name], state, args, chained, budget_s)
-            if name != "lora_and_router":
-                outputs[name] = np.asarray(state[1])
-                row[name]["error"] = relative_error(work, (chained - 1) % layers, state[1], lora)
+    with device.shared():
+        inputs = {name: arguments(work, lora) for name, (lora, _) in variants.items()}
+        states = {name: new_state(work, lora) for name, (lora, _) in variants.items()}
+        jax.block_until_ready((inputs, states))
+    with device.alone():
+        for name in variants:
+            row[name], state = time_program(
+                compiled[name], states.pop(name), inputs[name], chained, budget_s
+            )
+            outputs[name] = np.asarray(state[1])
+    with device.shared():
+        for name in ("base", "lora"):
+            row[name]["error"] = relative_error(work, outputs[name], name == "lora")
     base_rows = work.adapter_of_token < 0
     row["base_rows_equal"] = bool(
         (
@@ -191,41 +190,51 @@ def points_of(arguments: argparse.Namespace) -> list[Point]:
 
 
 def layers_of(point: Point) -> int:
-    """Enough that a program outlasts its dispatch and its weights the L2 cache."""
-    return 8 if point.tokens <= 32 and point.model != "mixtral-8x7b" else 4
+    """Enough that the weights of one round are several times the L2 cache."""
+    return 2 if point.model == "mixtral-8x7b" else 4
 
 
 def format_row(row: dict[str, Any]) -> str:
+    """A line for people: ours / best of the others, and ours as a multiple of the roofline."""
     anchor = row.get("anchor_us", {})
-    others = {key: value for key, value in anchor.items() if not key.endswith("base")}
-    base = {key: value for key, value in anchor.items() if key.endswith("base")}
-    best, best_base = (min(group.values(), default=float("nan")) for group in (others, base))
-    return (
-        f"{row['model']:14} {row['tokens']:5} {row['rank']:3} {row['layout']:10} {row['mix']:7} "
-        f"base {row['base']['us']:7.1f} /{best_base:7.1f}   lora {row['lora']['us']:7.1f} /{best:7.1f}   "
-        f"router {row['lora_and_router']['us']:7.1f}   "
-        f"roofline {row['roofline_us']:6.1f} = x{row['lora']['us'] / row['roofline_us']:.2f}   "
-        f"error {row['base']['error']:.1e} {row['lora']['error']:.1e} "
-        f"{'same' if row['base_rows_equal'] else 'BASE ROWS DIFFER'}   {row['launches']:.0f} launches"
-    )
+    best = {
+        kind: min((us for name, us in anchor.items() if name.endswith("base") == kind), default=0)
+        for kind in (True, False)
+    }
+    parts = [
+        f"{row['model']:14} {row['tokens']:5} rank {row['rank']:3} {row['layout']:10}",
+        f"{row['mix']:7}",
+        f"base {row['base']['us']:7.1f} /{best[True]:7.1f}",
+        f"lora {row['lora']['us']:7.1f} /{best[False]:7.1f}",
+        f"roofline {row['roofline_us']:6.1f} x {row['lora']['us'] / row['roofline_us']:.2f}",
+        f"error {row['base']['error']:.1e} {row['lora']['error']:.1e}",
+        "base rows equal" if row["base_rows_equal"] else "BASE ROWS DIFFER",
+        f"{row['launches']:.0f} launches",
+    ]
+    if "lora_and_router" in row:
+        parts.append(f"with router {row['lora_and_router']['us']:.1f}")
+    return "  ".join(parts)
 
 
-@contextmanager
-def locked(path: str) -> Iterator[None]:
-    """One process at a time uses the device for timing."""
-    with open(path, "w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield
+class Device:
+    """Keeps processes that share a device from disturbing each other's measurements."""
 
+    def __init__(self, lock: str) -> None:
+        self.lock = lock
 
-def work_on(points: Sequence[Point], lock: str, budget_s: float) -> None:
-    """A worker process: one JSON line per point on standard output."""
-    for point in points:
-        try:
-            row = measure(point, layers_of(point), lambda: locked(lock), budget_s)
-        except Exception as error:  # one point that fails must not cost the others
-            row = {**point.describe(), "failed": f"{type(error).__name__}: {error}"[:2000]}
-        print("ROW " + json.dumps(row), flush=True)
+    @contextmanager
+    def _hold(self, kind: int) -> Iterator[None]:
+        with open(self.lock, "w") as file:
+            fcntl.flock(file, kind)
+            yield
+
+    def shared(self) -> AbstractContextManager[None]:
+        """For work on the device that is not measured."""
+        return self._hold(fcntl.LOCK_SH)
+
+    def alone(self) -> AbstractContextManager[None]:
+        """For measurements."""
+        return self._hold(fcntl.LOCK_EX)
 
 
 def main() -> None:
@@ -242,15 +251,27 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     parser.add_argument("--workers", type=int, default=1)
     parser.add_argument("--budget", type=float, default=0.3, help="seconds per timing")
+    parser.add_argument("--router", action="store_true", help="also time it with the router")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     points = points_of(arguments)
     if arguments.worker:
-        specs = json.loads(Path(arguments.worker).read_text())
-        work_on([Point(**spec) for spec in specs["points"]], specs["lock"], arguments.budget)
+        spec = json.loads(arguments.worker)
+        point = Point(**spec["point"])
+        try:
+            row = measure(
+                point,
+                layers_of(point),
+                Device(spec["lock"]),
+                arguments.budget,
+                arguments.router,
+            )
+        except Exception as error:  # one point that fails must not cost the others
+            row = {**point.describe(), "failed": f"{type(error).__name__}: {error}"[:2000]}
+        print("ROW " + json.dumps(row), flush=True)
         return
     rows = []
-    for row in run_workers(points, arguments.workers, arguments.budget):
+    for row in run_workers(points, arguments):
         if "failed" in row:
             print(
                 f"{row['model']} {row['tokens']} {row['rank']} FAILED {row['failed']}", flush=True
@@ -271,23 +292,23 @@ def main() -> None:
         arguments.json.write_text(json.dumps(report, indent=1) + "\n")
 
 
-def run_workers(points: Sequence[Point], workers: int, budget_s: float) -> Iterator[dict[str, Any]]:
-    """Spread points over processes that take turns on the device; yields their rows."""
+def run_workers(points: Sequence[Point], arguments: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    """A process for each point; they compile side by side and take turns to measure."""
     environment = {**os.environ, "XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
-    with tempfile.TemporaryDirectory() as folder:
-        processes = []
-        for index in range(min(workers, len(points))):
-            spec = Path(folder) / f"{index}.json"
-            mine = [asdict(point) for point in points[index::workers]]
-            spec.write_text(json.dumps({"points": mine, "lock": f"{folder}/lock"}))
-            command = [sys.executable, "-m", "benchmarks.moe_layer", "--worker", str(spec)]
-            command += ["--budget", str(budget_s)]
-            processes.append(
-                subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment)
-            )
-        with ThreadPoolExecutor(len(processes)) as pool:
-            for lines in pool.map(lambda process: process.communicate()[0], processes):
-                for line in lines.splitlines():
+    with tempfile.NamedTemporaryFile() as lock:
+
+        def run(point: Point) -> str:
+            spec = json.dumps({"point": asdict(point), "lock": lock.name})
+            command = [sys.executable, "-m", "benchmarks.moe_layer", "--worker", spec]
+            command += ["--budget", str(arguments.budget)]
+            command += ["--router"] if arguments.router else []
+            return subprocess.run(
+                command, stdout=subprocess.PIPE, text=True, env=environment, check=False
+            ).stdout
+
+        with ThreadPoolExecutor(arguments.workers) as pool:
+            for output in pool.map(run, points):
+                for line in output.splitlines():
                     if line.startswith("ROW "):
                         yield json.loads(line[4:])
 

@@ -1,9 +1,9 @@
 """Measures tile sizes on the GPU at hand and writes the table that ships with the kernels.
 
-    python -m benchmarks.tune --model qwen3-30b-a3b --tokens 1,8,32,128,512,4096 --workers 4
+    python -m benchmarks.tune --model qwen3-30b-a3b --tokens 8,32,128,512,4096 --workers 4
 
-Every candidate of every kernel is compiled into one program per tile height, which is traced by the
-profiler: kernel durations, without gaps. Results are added to the table as each point is done, and points
+Every candidate of every kernel is compiled into one program per tile height, which is traced by
+the profiler: kernel durations, without gaps. The table is written as each point is done, and points
 that it has are skipped, so an interrupted run can be continued.
 """
 
@@ -26,11 +26,11 @@ os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_gpu_enable_c
 
 import jax
 import jax.numpy as jnp
+
 import moelora_kernels
+from benchmarks.workload import MODELS, Point, Workload, auto_adapters
 from moelora_kernels import backend, down, gate_up, shrink, sort_tokens
 from moelora_kernels.tuning.tiles import GemmTiles, MoeTiles, ShrinkTiles
-
-from benchmarks.workload import MODELS, Point, Workload, auto_adapters
 
 FOLDER = Path(moelora_kernels.__file__).parent / "tuning"
 LAYERS, CALLS = 2, 2
@@ -206,6 +206,13 @@ def turn() -> Iterator[None]:
         yield
 
 
+def shape_of(point: Point) -> str:
+    """The table's name of a layer."""
+    config = point.config
+    sizes = (config.num_experts, config.top_k, config.hidden_size, config.intermediate_size)
+    return "x".join(map(str, sizes))
+
+
 def tune_point(point: Point) -> dict[str, Any]:
     """The best tiles of one point, and what was measured."""
     work = Workload(point, LAYERS)
@@ -229,10 +236,8 @@ def tune_point(point: Point) -> dict[str, Any]:
         if total < best[0]:
             tiles = MoeTiles(tile_rows, **{op: result[2] for op, result in chosen.items()})
             best = (total, tiles)
-    config = point.config
     return {
-        "shape": f"{config.num_experts}x{config.top_k}x{config.hidden_size}"
-        f"x{config.intermediate_size}",
+        "shape": shape_of(point),
         "tokens": point.tokens,
         "tiles": best[1].to_json(),
         "report": report,
@@ -242,7 +247,7 @@ def tune_point(point: Point) -> dict[str, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", default=",".join(MODELS))
-    parser.add_argument("--tokens", default="1,8,32,128,512,4096")
+    parser.add_argument("--tokens", default="8,32,128,512,4096")
     parser.add_argument("--workers", type=int, default=1)
     parser.add_argument("--table", type=Path, help="instead of the one that ships")
     parser.add_argument("--report", type=Path, help="JSON of all that was measured")
@@ -263,6 +268,8 @@ def main() -> None:
         return
     path = options.table or table_path()
     table = json.loads(path.read_text()) if path.is_file() else {"tiles": {}}
+    if not options.again:
+        points = [p for p in points if str(p.tokens) not in table["tiles"].get(shape_of(p), {})]
     table["measured_with"] = backend.describe()
     reports = {}
     done = 0

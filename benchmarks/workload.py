@@ -1,4 +1,4 @@
-"""The layers and batches that the benchmarks measure: weights, adapters and routing of chained layers."""
+"""What the benchmarks measure: weights, adapters and routing of chained layers."""
 
 import json
 from dataclasses import dataclass
@@ -9,10 +9,10 @@ from typing import Any, Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from moelora_kernels import PAGE_ROWS, ExpertPages, SitePages
 
 from moelora_jax.config import MoeConfig
 from moelora_jax.moe import MoeParams, MoeWorkspace, moe_workspace_shapes
+from moelora_kernels import PAGE_ROWS, ExpertPages, SitePages
 
 HERE = Path(__file__).parent
 
@@ -45,7 +45,7 @@ class Point:
         tokens: tokens of the batch.
         rank: of all adapters.
         adapters: resident adapters, all of them used.
-        layout: own factors for every expert; or A of gate and up, and B of down, shared by all experts.
+        layout: own factors for every expert; or A of gate and up, and B of down, shared by all.
         mix: adapters drawn per token, or one adapter for each of ``adapters`` runs of tokens.
         max_rank: what the page tables allow; None means ``rank``.
     """
@@ -102,24 +102,32 @@ class Batch(NamedTuple):
 
 
 class Workload:
-    """Stacked random weights and adapters of ``layers`` layers, and routing for each of them.
+    """Stacked random weights and adapters of a few layers, and routing for a chain through them.
 
-    The layers differ in weights, adapters' pages and routing, so that nothing of one layer is in the L2
-    cache when the next one runs.
+    Step ``i`` of the chain runs layer ``i % layers`` with a routing of its own. Neighbours share no
+    weights, so that nothing of a step is in the L2 cache when the next one runs.
+
+    Attributes:
+        point: what is measured.
+        layers: layers in memory.
+        chained: steps; enough that the device is busy for longer than a call takes to dispatch.
+        experts: chosen experts ``[tokens, top_k]`` of each step.
+        adapter_of_token: adapter of each token, -1 for none.
     """
 
     def __init__(self, point: Point, layers: int, seed: int = 0) -> None:
-        self.point, self.layers, self.seed = point, layers, seed
-        config = point.config
+        self.point, self.layers = point, layers
         rng = np.random.default_rng(seed)
-        tokens, top_k = point.tokens, config.top_k
-        self.experts = [
-            np.stack([rng.permutation(config.num_experts)[:top_k] for _ in range(tokens)]).astype(
-                np.int32
-            )
-            for _ in range(layers)
-        ]
         self.adapter_of_token = self._assign(rng)
+        self.experts = [self._route(rng)]
+        self.chained = int(np.clip(np.ceil(3000 / self.roofline_us()), layers, 32))
+        self.experts += [self._route(rng) for _ in range(self.chained - 1)]
+
+    def _route(self, rng: np.random.Generator) -> np.ndarray:
+        """Uniform routing: experts of a token are distinct."""
+        config = self.point.config
+        scores = rng.random((self.point.tokens, config.num_experts))
+        return np.argsort(scores, axis=1)[:, : config.top_k].astype(np.int32)
 
     def _assign(self, rng: np.random.Generator) -> np.ndarray:
         tokens, adapters = self.point.tokens, self.point.adapters
@@ -159,7 +167,7 @@ class Workload:
         sites, next_row = [], {"hidden": 0, "inner": 0}
 
         def table_of(pool: str, shared: bool) -> np.ndarray:
-            """Fresh pool rows ``[layers, adapters, pages, experts]``, or the same for all experts."""
+            """Fresh rows ``[layers, adapters, pages, experts]``, or the same for all experts."""
             experts = 1 if shared else config.num_experts
             shape = (self.layers, point.adapters, experts, pages)
             rows = next_row[pool] + np.arange(np.prod(shape)).reshape(shape)
@@ -205,7 +213,7 @@ class Workload:
     def roofline_us(self, lora: bool = True) -> float:
         """Time that the bytes of the touched weights and factors need, or the operations if longer.
 
-        The mean over the layers.
+        The mean over the chain.
         """
         point, config = self.point, self.point.config
         hidden, inner = config.hidden_size, config.intermediate_size
@@ -223,17 +231,18 @@ class Workload:
             rank_pairs = int(with_adapter.sum()) * point.rank if lora else 0
             flops = 2 * (experts.size * 3 * hidden * inner + rank_pairs * 3 * (hidden + inner))
             total += max(num_bytes / PEAK_BYTES, flops / PEAK_FLOPS)
-        return total / self.layers * 1e6
+        return total / len(self.experts) * 1e6
 
-    def expected_token(self, layer: int, token: int, lora: bool) -> np.ndarray:
-        """The layer's output for one token in float64, from the rounded weights."""
+    def expected_token(self, step: int, token: int, lora: bool) -> np.ndarray:
+        """The output of a step for one token in float64, from the rounded weights."""
         config = self.point.config
         adapter = int(self.adapter_of_token[token]) if lora else -1
-        batch, pages = self.batches[layer], self.pages if adapter >= 0 else None
+        layer = step % self.layers
+        batch, pages = self.batches[step], self.pages if adapter >= 0 else None
         weights = np.asarray(batch.weights)[token].astype(np.float64)
         x = _to_float64(self.x[token])
         total = np.zeros(config.hidden_size)
-        for choice, expert in enumerate(self.experts[layer][token]):
+        for choice, expert in enumerate(self.experts[step][token]):
 
             def add(y: np.ndarray, v: np.ndarray, site: SitePages | None, e: int) -> np.ndarray:
                 if site is None:

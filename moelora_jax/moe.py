@@ -251,7 +251,7 @@ def moe_experts(
             tile_rows=rows,
             top_k=top_k,
             out=workspace.gate_up_ranks,
-            tiles=tiles and tiles.gate_up_shrink,
+            tiles=None if tiles is None else tiles.gate_up_shrink,
             implementation=implementation,
         )
     hidden = gate_up(
@@ -265,7 +265,7 @@ def moe_experts(
         rank_activations=gate_up_ranks,
         sites=None if pages is None else (pages.gate, pages.up),
         out=workspace.hidden,
-        tiles=tiles and tiles.gate_up,
+        tiles=None if tiles is None else tiles.gate_up,
         implementation=implementation,
     )
     if pages is not None:
@@ -277,7 +277,7 @@ def moe_experts(
             pairs=pairs,
             tile_rows=rows,
             out=workspace.down_ranks,
-            tiles=tiles and tiles.down_shrink,
+            tiles=None if tiles is None else tiles.down_shrink,
             implementation=implementation,
         )
     expert_out = down(
@@ -291,7 +291,7 @@ def moe_experts(
         site=None if pages is None else pages.down,
         dtype=x.dtype,
         out=workspace.expert_out,
-        tiles=tiles and tiles.down,
+        tiles=None if tiles is None else tiles.down,
         implementation=implementation,
     )
     return combine(

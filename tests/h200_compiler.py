@@ -1,8 +1,9 @@
 """Compiling for an H200 on a machine that has no GPU.
 
-Needs ``jax-cuda13-plugin``, ``jax-cuda13-pjrt`` (of JAX's own version) and ``jax-triton`` beside JAX for the CPU.
-Triton kernels are compiled for the card, XLA's passes run, and the buffers are assigned; only choices that
-need measurements on the card (autotuned GEMMs) differ from what runs there.
+Needs ``jax-cuda13-plugin`` and ``jax-cuda13-pjrt`` (of JAX's own version) and ``jax-triton`` beside
+JAX for the CPU. Triton kernels are compiled for the card, XLA's passes run, and the buffers are
+assigned; only choices that need measurements on the card (autotuned GEMMs) differ from what runs
+there.
 """
 
 import os

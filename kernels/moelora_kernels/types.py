@@ -69,7 +69,7 @@ class TokenSort(NamedTuple):
         expert_tiles: int32 ``[tiles, 3]``: expert, first row, end row. No tile spans two experts.
         run_tiles: int32 ``[tiles, 4]``: expert, adapter, first row, end row. No tile spans two
             experts or two adapters, and rows without an adapter are in none. The loops of the
-            reference run over it; Triton's sort does not write it.
+            reference run over it; Triton's sort has none.
         group_of_row: int32 ``[pairs]``: ``expert * (num_adapters + 1) + adapter + 1`` of each row;
             -1 past the last real pair. Triton's kernels find runs with it.
     """

@@ -8,10 +8,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from moelora_kernels import dense_lora, route, sort_tokens, token_sort_shapes
 
 from moelora_jax.config import MoeConfig
 from moelora_jax.moe import MoeParams, moe_experts, moe_workspace_shapes
+from moelora_kernels import dense_lora, route, sort_tokens, token_sort_shapes
 
 # Helpers lie beside this file, and tests are imported by path.
 _spec = importlib.util.spec_from_file_location("cases", Path(__file__).with_name("cases.py"))

@@ -1,17 +1,10 @@
-"""Run in a process of its own: the Triton kernels under Triton's interpreter, against the reference.
+"""Triton's kernels under Triton's interpreter, against the reference; a process of its own.
 
-Triton decides at import whether kernels are interpreted, so a test process cannot do both. Launches are
-replaced by calls on torch tensors; everything else is the code that runs on a GPU.
+Triton decides at import whether kernels are interpreted, so ``TRITON_INTERPRET=1`` must be set from
+outside. Launches are replaced by calls on torch tensors; everything else is what runs on a GPU.
 """
 
-import os
-import sys
-from pathlib import Path
 from typing import Any
-
-os.environ["TRITON_INTERPRET"] = "1"
-ROOT = Path(__file__).resolve().parent.parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "kernels"), str(ROOT / "tests" / "kernels")]
 
 import jax
 import jax.numpy as jnp
@@ -21,6 +14,8 @@ from cases import LayerCase, LayerSpec, Shape, relative_error
 
 from moelora_jax.config import MoeConfig
 from moelora_jax.moe import MoeParams, moe_experts
+from moelora_kernels import route, sort_tokens
+from moelora_kernels.tuning.tiles import GemmTiles, MoeTiles, ShrinkTiles
 
 
 def to_torch(value: Any) -> Any:
@@ -37,7 +32,7 @@ def poison(shape: jax.ShapeDtypeStruct) -> torch.Tensor:
 
 
 def interpret(kernel: Any, inputs: Any, outputs: Any, refs: Any, how: Any, **constants: Any) -> Any:
-    """What :func:`moelora_kernels.backend.launch` does, with torch tensors in the place of memory."""
+    """What :func:`moelora_kernels.backend.launch` does, with torch tensors for memory."""
     tensors = [to_torch(ref[...]) for ref in refs] if refs else [poison(out) for out in outputs]
     kernel[how.grid](*map(to_torch, inputs), *tensors, **constants)
     if not refs:
@@ -52,15 +47,19 @@ SHAPES = (
     Shape(7, 8, 8, 40, 20, 5, 4),
     Shape(33, 2, 6, 48, 24, 10, 2),
 )
+#: Runs of rows, and a second step over pages and over adapters.
+RUNS = ShrinkTiles(block_k=32, num_warps=1, num_stages=1, run_rows=16, slots=2)
+TILES = MoeTiles(16, GemmTiles(16, 16, 1, 1), GemmTiles(16, 16, 1, 1), RUNS, RUNS)
 
 
-def layer(case: LayerCase, implementation: str, lora: bool = True) -> jax.Array:
+def layer(
+    case: LayerCase, implementation: Any, lora: bool = True, tiles: MoeTiles | None = None
+) -> np.ndarray:
     shape = case.shape
     config = MoeConfig(shape.experts, shape.top_k, shape.hidden, shape.intermediate)
-    params = MoeParams(
-        jnp.zeros((2, shape.experts, shape.hidden)), case.cast(case.gate_up), case.cast(case.down)
-    )
-    return moe_experts(
+    router = jnp.zeros((2, shape.experts, shape.hidden))
+    params = MoeParams(router, case.cast(case.gate_up), case.cast(case.down))
+    out = moe_experts(
         case.cast(case.x),
         jnp.asarray(case.experts),
         jnp.asarray(case.weights, jnp.float32),
@@ -70,29 +69,70 @@ def layer(case: LayerCase, implementation: str, lora: bool = True) -> jax.Array:
         num_tokens=case.device_num_tokens,
         adapter_of_token=jnp.asarray(case.adapter_of_token) if lora else None,
         pages=case.pages() if lora else None,
-        implementation=implementation,  # type: ignore[arg-type]
+        implementation=implementation,
+        tiles=tiles,
     )
+    return np.asarray(out)
+
+
+def check_layer(shape: Shape, dtype: str, num_tokens: int | None, tiles: MoeTiles | None) -> None:
+    case = LayerCase(LayerSpec(shape, dtype=dtype, num_tokens=num_tokens, seed=3))  # type: ignore[arg-type]
+    expected = layer(case, "reference").astype(np.float64)
+    out = layer(case, "triton", tiles=tiles)
+    error = relative_error(out, expected)
+    assert error <= (1e-5 if dtype == "float32" else 2e-3), error
+    base_rows = case.adapter_of_token < 0
+    base = layer(case, "triton", lora=False, tiles=tiles)
+    assert out[base_rows].tobytes() == base[base_rows].tobytes()
+    print("layer", tuple(shape), dtype, num_tokens, error, flush=True)
+
+
+def check_sort() -> None:
+    rng = np.random.default_rng(0)
+    sizes = {"num_experts": 20, "num_adapters": 4, "tile_rows": 16}
+    experts = jnp.asarray(rng.integers(20, size=(150, 2)), jnp.int32)
+    adapters = jnp.asarray(rng.integers(-1, 4, size=150), jnp.int32)
+    for num_tokens in (150, 70, 0):
+        arguments = (experts, adapters, jnp.int32(num_tokens))
+        expected, actual = (
+            sort_tokens(*arguments, **sizes, implementation=name)  # type: ignore[arg-type]
+            for name in ("reference", "triton")
+        )
+        for field in ("order", "row_of_pair", "expert_tiles", "group_of_row"):
+            assert np.array_equal(getattr(expected, field), getattr(actual, field)), field
+    print("sort", flush=True)
+
+
+def check_route() -> None:
+    logits = jax.random.normal(jax.random.key(0), (5, 12))
+    for scoring in ("softmax", "sigmoid"):
+        expected, actual = (
+            route(logits, top_k=3, scoring=scoring, implementation=name)  # type: ignore[arg-type]
+            for name in ("reference", "triton")
+        )
+        assert np.array_equal(expected[0], actual[0])
+        np.testing.assert_allclose(actual[1], expected[1], rtol=1e-5)
+    print("route", flush=True)
 
 
 def main() -> None:
     from moelora_kernels.combine import triton as combine
-    from moelora_kernels.dense_lora import triton as dense_lora
     from moelora_kernels.expert_lora import triton as expert_lora
+    from moelora_kernels.one_token import triton as one_token
     from moelora_kernels.router import triton as router
     from moelora_kernels.sort import triton as sort
 
-    for module in (combine, dense_lora, expert_lora, router, sort):
-        module.launch = interpret
+    for module in (combine, expert_lora, one_token, router, sort):
+        module.launch = interpret  # type: ignore[attr-defined]
+    check_route()
+    check_sort()
+    # The form for large batches, in blocks that a small one fills.
+    sort.MAX_COUNTED_PAIRS, sort.BLOCK_PAIRS = 0, 128
+    check_sort()
+    # The interpreter cannot multiply bfloat16.
     for shape in SHAPES:
-        # The interpreter cannot multiply bfloat16.
-        for dtype, tolerance in (("float32", 1e-5), ("float16", 2e-3)):
-            for num_tokens in (None, shape.tokens // 2):
-                case = LayerCase(LayerSpec(shape, dtype=dtype, num_tokens=num_tokens, seed=3))
-                expected = np.asarray(layer(case, "reference")).astype(np.float64)
-                actual = layer(case, "triton")
-                error = relative_error(actual, expected)
-                print(shape, dtype, num_tokens, error, flush=True)
-                assert error <= tolerance
+        check_layer(shape, "float32", None, None)
+        check_layer(shape, "float16", shape.tokens // 2, TILES)
 
 
 if __name__ == "__main__":

@@ -1,5 +1,7 @@
 """LoRA of dense linear layers in Triton: the expert kernels with one expert, added in place."""
 
+from typing import Any
+
 import jax
 import triton
 import triton.language as tl
@@ -7,7 +9,10 @@ from jax import Array
 
 from moelora_kernels.backend import Launch, launch, scalar
 from moelora_kernels.expert_lora.triton import (
-    _precision,
+    add_expand,
+    find_adapters,
+    find_pages,
+    precision,
     shrink,
     tile_adapters,
 )
@@ -34,15 +39,19 @@ def dense_lora(
         pairs=tokens, top_k=1, tiles=shrink_tiles, out=None,
     )  # fmt: skip
     # XLA makes no copy here where nothing else reads the linear layer's output.
-    total = jax.new_ref(y) if out is None else out
+    total: Any = jax.new_ref(y) if out is None else out
     if out is not None:
-        out[:tokens] = y
+        total[:tokens] = y
     _, _, adapters, max_pages, _ = pages.table.shape
-    stacked_pages = min(triton.next_power_of_2(max_pages), tiles.stack)
+    stacked_pages = min(triton.next_power_of_2(max_pages), 4)
     num_tiles = tokens // tile_rows + min(tokens, 1)
+    inputs = (
+        *(sort.order, sort.expert_tiles, sort.group_of_row),
+        *(scalar(layer), z, pages.table, pages.b_pool),
+    )
     launch(
         dense_expand,
-        (sort.order, sort.expert_tiles, sort.group_of_row, scalar(layer), z, pages.table, pages.b_pool),
+        inputs,
         (),
         [total],
         Launch((num_tiles, triton.cdiv(width, tiles.block_n)), num_warps=4, num_stages=1),
@@ -55,7 +64,7 @@ def dense_lora(
         Z_COLUMNS=z.shape[2],
         SLOTS=tiles.stack // stacked_pages,
         PAGES=stacked_pages,
-        PRECISION=_precision(x.dtype),
+        PRECISION=precision(x.dtype),
     )  # fmt: skip
     return jax.freeze(total) if out is None else out
 
@@ -95,8 +104,11 @@ def dense_expand(
         total = tl.load(y_ptrs, mask=touched, other=0.0).to(tl.float32)
         adapter, slot, num_slots = tile_adapters(first, rows, inside, 0, group_ptr, NUM_ADAPTERS)
         table_ptr += (tl.load(layer_ptr) * 2 + 1) * NUM_ADAPTERS * MAX_PAGES
+        slot_adapter, mine = find_adapters(0, adapter, slot, SLOTS)
+        pool_row = find_pages(slot_adapter, 0, table_ptr, 1, MAX_PAGES, PAGES)
         total = add_expand(
-            total, rows, adapter, slot, num_slots, columns, z_ptr, table_ptr, pool_ptr,
+            total, rows, adapter, slot, num_slots, mine, pool_row, columns,
+            z_ptr, table_ptr, pool_ptr,
             WIDTH, 1, MAX_PAGES, PAGE_ROWS, Z_COLUMNS, BLOCK_M, SLOTS, PAGES, PRECISION,
         )  # fmt: skip
         tl.store(y_ptrs, total.to(y_ptr.dtype.element_ty), mask=touched)

@@ -61,7 +61,7 @@ def shrink(
 
             lax.fori_loop(0, _num_pages(site, layer, adapter, expert), page, None)
 
-    for_each_tile(sort.run_tiles, tile)
+    for_each_tile(run_tiles(sort), tile)
     return out[...]
 
 
@@ -95,7 +95,7 @@ def add_expand(
         after = lax.fori_loop(0, _num_pages(site, layer, adapter, expert), page, before)
         accumulator[where] = jnp.where(window.valid[:, None], after, before)
 
-    for_each_tile(sort.run_tiles, tile)
+    for_each_tile(run_tiles(sort), tile)
 
 
 def grouped_matmul(
@@ -165,6 +165,13 @@ def down(
     if rank_activations is not None and site is not None:
         add_expand(out, 0, rank_activations[0], sort, site, layer, tile_rows)
     return out[0]
+
+
+def run_tiles(sort: TokenSort) -> Buffer:
+    """The sort's map of runs."""
+    if sort.run_tiles is None:
+        raise ValueError("Triton's sort has no run_tiles: sort with implementation='reference'")
+    return sort.run_tiles
 
 
 def gather_rows(x: Buffer, sort: TokenSort, pairs: int, top_k: int) -> Array:

@@ -1,12 +1,13 @@
 """Expert projections with LoRA in Triton.
 
-*shrink* has two forms. For few rows, one program per row and page: a matrix-vector product that has all its
-loads in flight. For many, one program per run of rows that share expert and adapter, with the tensor cores.
+*shrink* has two forms. For few rows, one program per row and page: a matrix-vector product that has
+all its loads in flight. For many, programs take runs of rows that share expert and adapter, and use
+the tensor cores.
 
-*gate_up* and *down* are grouped matrix products over the tiles of the sort. Before they leave the
-accumulator, :func:`add_expand` adds ``z · B``: the pages of several adapters of the tile are stacked along K, and
-the rank activations are masked so that each row meets its own adapter's pages only. Rows without an adapter
-meet none: zeros are added to their sums, which keeps them bitwise.
+*gate_up* and *down* are grouped matrix products over the tiles of the sort. Before the sums leave
+the registers, ``z · B`` is added to them: pages of several adapters of the tile are stacked along
+K, and the rank activations z are masked so that each row meets the pages of its own adapter only.
+Rows without an adapter meet none: zeros are added to their sums, which keeps them bitwise.
 """
 
 from collections.abc import Sequence
@@ -42,7 +43,6 @@ def shrink(
     """See :func:`moelora_kernels.shrink`."""
     _, _, adapters, pages, experts = sites[0].table.shape
     shape = (len(sites), pairs, sites[0].max_rank) if out is None else out.shape
-    # Equal sites would cost a branch in the kernel; a second site is optional.
     first, second = sites[0], sites[1] if len(sites) == 2 else None
     inputs = (
         x,
@@ -76,7 +76,7 @@ def shrink(
             "RUN_ROWS": tiles.run_rows,
             "SLOTS": tiles.slots,
             "CUT_ROWS": CUT_ROWS,
-            "PRECISION": _precision(x.dtype),
+            "PRECISION": precision(x.dtype),
         }
     outputs = [jax.ShapeDtypeStruct(shape, x.dtype)]
     refs = None if out is None else [out]
@@ -101,7 +101,7 @@ def gate_up(
     """See :func:`moelora_kernels.gate_up`."""
     _, experts, _, intermediate, hidden = weight.shape
     pairs = x.shape[0] * top_k
-    lora = (None,) * 6
+    lora: tuple[Buffer | None, ...] = (None,) * 6
     if rank_activations is not None and sites is not None:
         gate, up = sites
         lora = (
@@ -141,7 +141,7 @@ def down(
 ) -> Buffer:
     """See :func:`moelora_kernels.down`."""
     _, experts, width, intermediate = weight.shape
-    lora = (None,) * 4
+    lora: tuple[Buffer | None, ...] = (None,) * 4
     if rank_activations is not None and site is not None:
         lora = (sort.group_of_row, rank_activations, site.table, site.b_pool)
     return launch(
@@ -173,7 +173,7 @@ def _gemm_constants(
         "BLOCK_M": max(triton.next_power_of_2(tile_rows), 16),
         "BLOCK_N": tiles.block_n,
         "BLOCK_K": block_k,
-        "PRECISION": _precision(dtype),
+        "PRECISION": precision(dtype),
     }
 
 
@@ -183,20 +183,21 @@ def _expand_constants(
     if rank_activations is None or site is None:
         names = ("NUM_ADAPTERS", "MAX_PAGES", "Z_ROWS", "Z_COLUMNS")
         return dict.fromkeys((*names, "PAGE_ROWS", "SLOTS", "PAGES"), 0)
-    # A stack of pages has several of one adapter where adapters have several.
-    pages = min(triton.next_power_of_2(site.table.shape[3]), tiles.stack)
+    # A stack has several pages of one adapter where adapters have several.
+    pages = min(triton.next_power_of_2(site.table.shape[3]), 4)
+    stack = max(tiles.stack, 2 * pages)
     return {
         "NUM_ADAPTERS": site.table.shape[2],
         "MAX_PAGES": site.table.shape[3],
         "Z_ROWS": rank_activations.shape[1],
         "Z_COLUMNS": rank_activations.shape[2],
         "PAGE_ROWS": PAGE_ROWS,
-        "SLOTS": tiles.stack // pages,
+        "SLOTS": stack // pages,
         "PAGES": pages,
     }
 
 
-def _precision(dtype: jnp.dtype) -> str:
+def precision(dtype: jnp.dtype) -> str:
     """float32 products must not be rounded to tf32."""
     return "ieee" if dtype == jnp.float32 else "tf32"
 
@@ -263,6 +264,7 @@ def shrink_row(
     PAGE_ROWS: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
+    """``z = scaling · A · x`` for one row and the page that a table entry names, if any."""
     pool_row = tl.load(entry_ptr)
     if pool_row >= 0:
         scaling = tl.load(scaling_ptr)
@@ -416,7 +418,7 @@ def tile_adapters(first, rows, inside, expert, group_ptr, NUM_ADAPTERS: tl.const
 
 @triton.jit
 def find_adapters(first_slot, adapter, slot, SLOTS: tl.constexpr):
-    """``SLOTS`` adapters of a tile, -1 past the last, and which rows have which: ``[rows, SLOTS]``."""
+    """``SLOTS`` adapters of a tile, -1 past the last, and the rows of each: ``[rows, SLOTS]``."""
     mine = slot[:, None] == (first_slot + tl.arange(0, SLOTS))[None, :]
     return tl.max(tl.where(mine, adapter[:, None], -1), 0), mine
 
@@ -471,7 +473,7 @@ def load_pages(
     PAGES: tl.constexpr,
     PAGE_ROWS: tl.constexpr,
 ):
-    """Rank rows of the pages ``[slots, PAGES]``, stacked: ``[SLOTS * PAGES * PAGE_ROWS, columns]``."""
+    """All rank rows of pages ``[slots, PAGES]``, one below the other, at some columns."""
     first = tl.where(pool_row >= 0, pool_row.to(tl.int64) * PAGE_ROWS, -PAGE_ROWS)
     rank_row = tl.reshape(
         first[:, :, None] + tl.arange(0, PAGE_ROWS)[None, None, :], [SLOTS * PAGES * PAGE_ROWS]
@@ -509,6 +511,8 @@ def add_expand(
     adapter,
     slot,
     num_slots,
+    mine,
+    pool_row,
     columns,
     z_ptr,
     table_ptr,
@@ -523,15 +527,19 @@ def add_expand(
     PAGES: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """``total + z · B``, for ``SLOTS`` adapters and ``PAGES`` pages of each at a time."""
+    """``total + z · B``, for ``SLOTS`` adapters and ``PAGES`` pages of each at a time.
+
+    ``mine`` and ``pool_row`` are those of the first step.
+    """
     for first_page in tl.static_range(0, MAX_PAGES, PAGES):
         if num_slots > 0:
             z = load_ranks(rows, adapter, first_page, z_ptr, Z_COLUMNS, PAGES, PAGE_ROWS)
             for first_slot in tl.range(0, num_slots, SLOTS, num_stages=1):
-                slot_adapter, mine = find_adapters(first_slot, adapter, slot, SLOTS)
-                pool_row = find_pages(
-                    slot_adapter, first_page, table_ptr, NUM_EXPERTS, MAX_PAGES, PAGES
-                )
+                if (first_slot > 0) | (first_page > 0):
+                    slot_adapter, mine = find_adapters(first_slot, adapter, slot, SLOTS)
+                    pool_row = find_pages(
+                        slot_adapter, first_page, table_ptr, NUM_EXPERTS, MAX_PAGES, PAGES
+                    )
                 b = load_pages(pool_row, columns, pool_ptr, WIDTH, SLOTS, PAGES, PAGE_ROWS)
                 stacked = stack_ranks(z, mine, pool_row, ROWS, SLOTS, PAGES, PAGE_ROWS)
                 total = tl.dot(stacked, b, total, input_precision=PRECISION)
@@ -581,7 +589,7 @@ def gate_up_tiles(
     SLOTS: tl.constexpr,
     PAGES: tl.constexpr,
 ):
-    """One tile of rows and ``BLOCK_N`` intermediate columns per program: both halves, then activation."""
+    """One tile of rows and ``BLOCK_N`` intermediate columns per program."""
     NUM_BLOCKS: tl.constexpr = (INTERMEDIATE + BLOCK_N - 1) // BLOCK_N
     tile, block = tl.program_id(0) // NUM_BLOCKS, tl.program_id(0) % NUM_BLOCKS
     expert = tl.load(tiles_ptr + tile * 3)
@@ -718,6 +726,9 @@ def down_tiles(
                 first, rows, inside, expert, group_ptr, NUM_ADAPTERS
             )
             table_ptr += (layer * 2 + 1) * NUM_ADAPTERS * MAX_PAGES * NUM_EXPERTS + expert
+            # Looked up before the products, which then hide the wait.
+            slot_adapter, mine = find_adapters(0, adapter, slot, SLOTS)
+            pool_row = find_pages(slot_adapter, 0, table_ptr, NUM_EXPERTS, MAX_PAGES, PAGES)
         total = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
         for k in range(0, INTERMEDIATE, BLOCK_K):
             if INTERMEDIATE % BLOCK_K == 0:
@@ -733,7 +744,8 @@ def down_tiles(
             total += tl.load(bias_ptr + column).to(tl.float32)[None, :]
         if z_ptr is not None:
             total = add_expand(
-                total, rows, adapter, slot, num_slots, columns, z_ptr, table_ptr, pool_ptr,
+                total, rows, adapter, slot, num_slots, mine, pool_row, columns,
+                z_ptr, table_ptr, pool_ptr,
                 HIDDEN, NUM_EXPERTS, MAX_PAGES, PAGE_ROWS, Z_COLUMNS, BLOCK_M, SLOTS, PAGES,
                 PRECISION,
             )  # fmt: skip

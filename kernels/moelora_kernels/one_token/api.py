@@ -53,11 +53,12 @@ def one_token_experts(
     """
     if (adapter_of_token is None) != (pages is None):
         raise ValueError("adapter_of_token and pages must be given together")
+    run = reference.one_token_experts
     if choose(implementation) == "triton":
-        from moelora_kernels.one_token import triton as chosen
-    else:
-        chosen = reference  # type: ignore[assignment]
-    return chosen.one_token_experts(
+        from moelora_kernels.one_token import triton
+
+        run = triton.one_token_experts
+    return run(
         x,
         experts,
         weights,

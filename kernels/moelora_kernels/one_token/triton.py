@@ -1,7 +1,7 @@
 """The experts of one token in Triton: matrix-vector products on the ordinary units.
 
-All rows are pairs in the order of the router's choices. Down sums over the experts in float32 before the
-only reduction, so there is no combine.
+All rows are pairs in the order of the router's choices. Down sums over the experts in float32, so
+there is no combine.
 """
 
 import jax
@@ -40,6 +40,8 @@ def one_token_experts(
     def shrink(source: Buffer, sites: tuple[SitePages, ...], step: int, z: Buffer | None) -> Buffer:
         """``step`` is 0 where all pairs read the token's row, and 1 where each has its own."""
         shape = (len(sites), top_k, sites[0].max_rank) if z is None else z.shape
+        # Few programs: each must have many loads in flight.
+        block_k = min(triton.next_power_of_2(source.shape[1]), 2048)
         second = sites[1] if len(sites) == 2 else None
         return launch(
             shrink_token,
@@ -51,7 +53,7 @@ def one_token_experts(
             ),
             [jax.ShapeDtypeStruct(shape, x.dtype)],
             None if z is None else [z],
-            Launch((top_k, sites[0].table.shape[3], len(sites)), num_warps=8),
+            Launch((top_k, sites[0].table.shape[3], len(sites)), num_warps=max(4, block_k // 128)),
             WIDTH=source.shape[1],
             STEP=step,
             NUM_EXPERTS=num_experts,
@@ -60,7 +62,7 @@ def one_token_experts(
             PAGE_ROWS=PAGE_ROWS,
             Z_ROWS=shape[1],
             Z_COLUMNS=shape[2],
-            BLOCK_K=min(triton.next_power_of_2(source.shape[1]), 1024),
+            BLOCK_K=block_k,
         )[0]
 
     def expand_constants(site: SitePages | None, z: Buffer | None) -> dict[str, int]:
@@ -136,7 +138,7 @@ def shrink_token(
     Z_COLUMNS: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """One pair, page and site per program: ``z[site, pair, page] = scaling · A · x[STEP * pair]``."""
+    """One pair, page and site per program: ``z = scaling · A · x[STEP * pair]``."""
     pair, page, site = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     adapter = tl.load(adapter_ptr)
     if (tl.load(num_tokens_ptr) > 0) & (adapter >= 0):
@@ -172,7 +174,7 @@ def expand_pair(
     MAX_PAGES: tl.constexpr,
     PAGE_ROWS: tl.constexpr,
 ):
-    """Products of ``z · B`` of one pair, ``[PAGE_ROWS, columns]``, to be summed over the first axis.
+    """Products of ``z · B`` of one pair, ``[PAGE_ROWS, columns]``, to be summed over the rows.
 
     No branches: all loads are in flight together, and without an adapter all products are zero.
     """
@@ -286,7 +288,7 @@ def down_token(
     Z_ROWS: tl.constexpr,
     Z_COLUMNS: tl.constexpr,
 ):
-    """``BLOCK_N`` hidden columns per program, summed over the experts in the order of the choices."""
+    """``BLOCK_N`` hidden columns per program, summed over the experts in order of the choices."""
     columns = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     column = tl.minimum(columns, HIDDEN - 1)
     depth = tl.arange(0, BLOCK_K)

@@ -81,6 +81,7 @@ def sort_tokens(
     # them.
     sizes = shapes if out is None else out
     run_tiles = shapes.run_tiles if sizes.run_tiles is None else sizes.run_tiles
+    assert run_tiles is not None  # of the shapes
     values = reference.sort_tokens(
         experts,
         adapter_of_token,

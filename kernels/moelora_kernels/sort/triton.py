@@ -1,7 +1,7 @@
 """Token sort in Triton: one launch for small batches, three for large ones. No atomics.
 
-The row of a pair is the number of pairs that come before it. Up to :data:`MAX_COUNTED_PAIRS` pairs, that
-number is counted by comparing every pair with every other. Above, blocks of pairs count how many they
+The row of a pair is the number of pairs that come before it. Up to :data:`MAX_COUNTED_PAIRS` pairs,
+it is counted by comparing every pair with every other. Above, blocks of pairs count how many they
 have of each group, one program turns the counts into first rows, and each block places its pairs.
 """
 
@@ -32,7 +32,7 @@ def sort_tokens(
     shapes: TokenSort,
     out: TokenSort | None,
 ) -> TokenSort:
-    """See :func:`moelora_kernels.sort_tokens`. ``run_tiles`` is not written."""
+    """See :func:`moelora_kernels.sort_tokens`. The result has no ``run_tiles``."""
     pairs, top_k = experts.size, experts.shape[1]
     groups = num_experts * (num_adapters + 1)
     sizes = shapes if out is None else out
@@ -103,7 +103,7 @@ def sort_tokens(
             CHUNK=256,
         )
     named = dict(zip(arrays, results, strict=True))
-    return TokenSort(**named, run_tiles=None if out is None else out.run_tiles)
+    return TokenSort(**named)
 
 
 @triton.jit

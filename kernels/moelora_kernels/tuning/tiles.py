@@ -1,7 +1,7 @@
 """Tile sizes of the Triton kernels: a measured table per GPU, and a rule for what is not in it.
 
-The choice follows from shapes alone, never from a batch, and is the same with and without LoRA: a row of the
-base model is summed in the same order in both programs.
+The choice follows from shapes alone, never from a batch, and is the same with and without LoRA: a
+row of the base model is summed in the same order in both programs.
 """
 
 import functools
@@ -90,8 +90,8 @@ def moe_tiles(
 ) -> MoeTiles:
     """Tiles for one MoE layer on the default device.
 
-    The table is asked for this layer shape and the nearest token count at or below ``tokens``, or the
-    smallest that it has.
+    The table is asked for this layer shape and the nearest token count at or below ``tokens``, or
+    the smallest that it has.
     """
     if jnp.dtype(dtype) == jnp.float32:
         return float32_rule(tokens * top_k / num_experts)
