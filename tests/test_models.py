@@ -9,6 +9,7 @@ import pytest
 from flax import nnx
 
 from moelora_jax import LLM, BucketConfig, CacheConfig, CheckpointError, Prompt, RuntimeConfig
+from moelora_jax.config import RopeConfig
 from moelora_jax.models import FAMILIES, convert_checkpoint, family_of, load_model, model_arrays
 from moelora_jax.models.layers import rms_norm, rotate
 from moelora_jax.models.qwen3_moe import read_model_config
@@ -90,7 +91,7 @@ def test_configs_of_transformers_4_and_5_are_read_alike() -> None:
     version_5["num_local_experts"] = version_5.pop("num_experts")
     version_5["rope_parameters"] = {"rope_type": "default", "rope_theta": 5000.0}
     assert read_model_config(version_5) == read_model_config(RAW)
-    assert read_model_config(RAW).rope_theta == 5000.0
+    assert read_model_config(RAW).rope.theta == 5000.0
 
 
 @pytest.mark.parametrize(
@@ -113,7 +114,7 @@ def test_which_layers_have_experts(changes: dict[str, Any], layers: tuple[int, .
         ({"num_experts": None}, "num_experts missing"),
         ({"hidden_act": "gelu"}, "hidden_act 'gelu' is not supported"),
         ({"use_sliding_window": True}, "use_sliding_window"),
-        ({"rope_scaling": {"type": "yarn", "factor": 4.0}}, "rope_type 'yarn'"),
+        ({"rope_scaling": {"type": "llama3", "factor": 4.0}}, "rope_type 'llama3'"),
         ({"rope_parameters": {"rope_type": "linear"}}, "rope_type 'linear'"),
         ({"quantization_config": {"quant_method": "fp8"}}, "quantization_config"),
     ],
@@ -160,7 +161,7 @@ def test_rms_norm_and_rotation_against_float64() -> None:
     halves = x[..., :4] + 1j * x[..., 4:].astype(np.complex128)
     angle = positions[:, None, None] * 10000.0 ** (-np.arange(4) / 4)
     turned = halves * np.exp(1j * angle)
-    rotated = rotate(jnp.asarray(x), jnp.asarray(positions), 10000.0)
+    rotated = rotate(jnp.asarray(x), jnp.asarray(positions), RopeConfig())
     # An angle of 5,000 has a float32 spacing of 5e-4.
     np.testing.assert_allclose(
         rotated, np.concatenate([turned.real, turned.imag], -1), rtol=0, atol=2e-3
