@@ -50,6 +50,15 @@ SIZES = {
     "num_experts_per_tok": 2,
     "num_local_experts": 6,
 }
+#: Of a head of 16, some pairs are slowed down, some are not, and some are between.
+YARN = {
+    "rope_type": "yarn",
+    "factor": 4.0,
+    "original_max_position_embeddings": 64,
+    "beta_fast": 4.0,
+    "beta_slow": 0.5,
+    "truncate": False,
+}
 
 
 @dataclass(frozen=True)
@@ -118,6 +127,29 @@ TESTED = {
             "up_proj": "w3",
             "down_proj": "w2",
         },
+    ),
+    "GptOssForCausalLM": Family(
+        config_class="GptOssConfig",
+        options=SIZES
+        | {
+            "head_dim": 16,
+            "sliding_window": 5,
+            "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+            "max_position_embeddings": 256,
+            "rope_parameters": YARN | {"rope_theta": 5000.0},
+        },
+        version_4={"rope_parameters": None, "rope_theta": 5000.0, "rope_scaling": YARN},
+        refused={
+            "layer_types missing": {"layer_types": None},
+            "layer_types must be": {"layer_types": ["full_attention", "chunked_attention"] * 2},
+            "rope_parameters missing": {"rope_parameters": None},
+            "swiglu_limit 10.0": {"swiglu_limit": 10.0},
+            "beta_medium of rope_type": {"rope_parameters": YARN | {"beta_medium": 4.0}},
+            "quant_method 'gptq'": {"quantization_config": {"quant_method": "gptq"}},
+        },
+        interleaved=True,
+        # Some gates must exceed the limit of 7, and sinks must matter beside scores.
+        scales={"gate_up_proj": 4.0, "down_proj": 0.25, "sinks": 10.0},
     ),
 }
 

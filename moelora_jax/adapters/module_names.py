@@ -138,3 +138,17 @@ MIXTRAL_NAMES = ModuleNames(
     },
     expert_parameters=("gate_up_proj", "down_proj"),
 )
+
+#: gpt-oss, whose expert parameters have gate and up in alternating rows.
+GPT_OSS_NAMES = ModuleNames(
+    linear={f"self_attn.{site}": site for site in ("q_proj", "k_proj", "v_proj", "o_proj")},
+    experts=("mlp.experts",),
+    projections={
+        "gate_proj": ("gate_proj",),
+        "up_proj": ("up_proj",),
+        "gate_up_proj": ("gate_proj", "up_proj"),
+        "down_proj": ("down_proj",),
+    },
+    expert_parameters=("gate_up_proj", "down_proj"),
+    interleaved=True,
+)

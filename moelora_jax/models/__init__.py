@@ -9,10 +9,15 @@ import jax
 from flax import nnx
 from jax.typing import DTypeLike
 
-from moelora_jax.adapters.module_names import MIXTRAL_NAMES, QWEN3_MOE_NAMES, ModuleNames
+from moelora_jax.adapters.module_names import (
+    GPT_OSS_NAMES,
+    MIXTRAL_NAMES,
+    QWEN3_MOE_NAMES,
+    ModuleNames,
+)
 from moelora_jax.config import ModelConfig
 from moelora_jax.errors import CheckpointError
-from moelora_jax.models import mixtral, olmoe, qwen3_moe
+from moelora_jax.models import gpt_oss, mixtral, olmoe, qwen3_moe
 from moelora_jax.models.checkpoint import (
     Parameter,
     is_orbax,
@@ -80,6 +85,12 @@ FAMILIES: dict[str, ModelFamily] = {
         parameters=mixtral.checkpoint_parameters,
         module_names=MIXTRAL_NAMES,
         ignored_tensors=(_ROTARY_FREQUENCIES,),
+    ),
+    gpt_oss.ARCHITECTURE: ModelFamily(
+        module=Decoder,
+        read_config=gpt_oss.read_model_config,
+        parameters=gpt_oss.checkpoint_parameters,
+        module_names=GPT_OSS_NAMES,
     ),
 }
 

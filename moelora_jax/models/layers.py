@@ -215,9 +215,8 @@ class Attention(nnx.Module):
         self.o_proj = projection("o_proj", queries, hidden)
         self.q_norm = norm(queries)
         self.k_norm = norm(keys)
-        self.sinks = None
-        if config.attention_sinks:
-            self.sinks = nnx.Param(jnp.zeros((layers, config.num_heads), dtype))
+        sinks = nnx.Param(jnp.zeros((layers, config.num_heads), dtype))
+        self.sinks = sinks if config.attention_sinks else None
 
     def __call__(self, x: Float[Array, "tokens hidden"], layer: Array, step: Step) -> Array:
         """Attend to the cached positions, these tokens included; ``[tokens, hidden]``."""
@@ -259,10 +258,11 @@ class Attention(nnx.Module):
 
     def _window(self, layer: Array) -> Int32[Array, ""] | None:
         """Positions that a token of this layer attends to; None if no layer has a limit."""
-        if not self.config.sliding_layers:
+        window = self.config.sliding_window
+        if window is None:
             return None
         windows = np.full(self.config.num_layers, np.iinfo(np.int32).max, np.int32)
-        windows[list(self.config.sliding_layers)] = self.config.sliding_window
+        windows[list(self.config.sliding_layers)] = window
         return jnp.asarray(windows)[layer]
 
 
