@@ -93,9 +93,9 @@ class Parameter:
         pieces: tensor name to index along the leading axes; the index ``()`` is the whole array.
         axes: for each axis of the tensors, the axes of a piece that it is made of, outermost first;
             None if tensors are like pieces.
-        mxfp4_axes: the same for tensors that are quantised to MXFP4, which are two each,
-            ``{name}_blocks`` and ``{name}_scales``; None if there are none. Either form is read,
-            whichever is in the file, and only the other one is written.
+        mxfp4_axes: the same for a checkpoint in MXFP4, where ``{name}_blocks`` and
+            ``{name}_scales`` stand for a tensor; they are read where they are there, and never
+            written. None if the model has no such checkpoints.
 
     Raises:
         ValueError: if an axis is empty, or the pieces overlap, or leave a gap, or ``axes`` or

@@ -66,7 +66,7 @@ def read_model_config(raw: Mapping[str, Any]) -> ModelConfig:
             top_k=values["num_experts_per_tok"],
             hidden_size=values["hidden_size"],
             intermediate_size=values["intermediate_size"],
-            # gpt-oss says: a softmax over the k best logits. This is the same.
+            # The same as a softmax over the k best logits.
             scoring="softmax",
             renormalize=True,
             activation="clamped_swiglu",
