@@ -13,6 +13,7 @@ from moelora_kernels.types import PAGE_ROWS
 
 Scoring = Literal["softmax", "sigmoid"]
 Activation = Literal["silu", "clamped_swiglu"]
+QkNorm = Literal["head", "projection"]
 
 
 @dataclass(frozen=True)
@@ -28,6 +29,8 @@ class MoeConfig:
         renormalize: whether the k chosen probabilities are divided by their sum.
         routed_scaling: factor on the weighted sum of the experts.
         activation: ``silu`` is silu(gate)·up; ``clamped_swiglu`` is the form of gpt-oss.
+        router_bias: whether a bias is added to the router's logits.
+        expert_bias: whether the gate, up and down projections of the experts have biases.
     """
 
     num_experts: int
@@ -38,6 +41,8 @@ class MoeConfig:
     renormalize: bool = True
     routed_scaling: float = 1.0
     activation: Activation = "silu"
+    router_bias: bool = False
+    expert_bias: bool = False
 
     def __post_init__(self) -> None:
         for name in ("num_experts", "top_k", "hidden_size", "intermediate_size"):
@@ -74,6 +79,43 @@ class LoraSite:
 
 
 @dataclass(frozen=True)
+class YarnScaling:
+    """YaRN: rotary positions for contexts longer than those of the pretraining.
+
+    Pairs of features that turn often within the original length keep their frequency, pairs that
+    turn rarely are slowed down by ``factor``, and between them is a linear ramp.
+
+    Attributes:
+        factor: of the context's length.
+        original_length: positions that the model was pretrained with.
+        attention_factor: on the rotated queries and keys both.
+        beta_fast: turns within the original length from which on a pair keeps its frequency.
+        beta_slow: turns up to which a pair is slowed down fully.
+        truncate: whether the ramp begins and ends at whole pairs.
+    """
+
+    factor: float
+    original_length: int
+    attention_factor: float = 1.0
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+    truncate: bool = True
+
+
+@dataclass(frozen=True)
+class RopeConfig:
+    """Rotary position embedding.
+
+    Attributes:
+        theta: base of the frequencies.
+        yarn: how frequencies are scaled; None leaves them as they are.
+    """
+
+    theta: float = 10000.0
+    yarn: YarnScaling | None = None
+
+
+@dataclass(frozen=True)
 class ModelConfig:
     """A decoder-only transformer whose feed-forward layers are MoE layers or dense MLPs.
 
@@ -87,9 +129,16 @@ class ModelConfig:
         moe: the routed layers, all alike.
         moe_layers: indices of the layers with routed experts; the others have a dense MLP.
         dense_intermediate_size: width inside a dense MLP.
-        rope_theta: base of the rotary position embedding.
+        rope: the rotary position embedding.
         norm_eps: added to the variance in RMSNorm.
         attention_bias: whether q, k, v and o projections have biases.
+        attention_sinks: whether each query head has a learned score that takes part in the softmax
+            and has no value.
+        qk_norm: what of queries and keys is normalised: each ``head``, the whole ``projection``, or
+            nothing.
+        clip_qkv: queries, keys and values are clipped to ± this, after the norm; None does not.
+        sliding_window: positions that a token of a sliding layer attends to, its own included.
+        sliding_layers: indices of the layers with that window; the others attend to all positions.
         tie_embeddings: whether the output projection is the embedding.
         max_position: longest sequence that the checkpoint was made for.
         eos_tokens: token ids that end a generation.
@@ -104,12 +153,24 @@ class ModelConfig:
     moe: MoeConfig
     moe_layers: tuple[int, ...]
     dense_intermediate_size: int = 0
-    rope_theta: float = 10000.0
+    rope: RopeConfig = RopeConfig()
     norm_eps: float = 1e-6
     attention_bias: bool = False
+    attention_sinks: bool = False
+    qk_norm: QkNorm | None = None
+    clip_qkv: float | None = None
+    sliding_window: int | None = None
+    sliding_layers: tuple[int, ...] = ()
     tie_embeddings: bool = False
     max_position: int = 4096
     eos_tokens: tuple[int, ...] = ()
+
+    def __post_init__(self) -> None:
+        if self.sliding_layers and not (self.sliding_window and self.sliding_window > 0):
+            raise ValueError(
+                f"ModelConfig.sliding_layers need a sliding_window of at least 1, not "
+                f"{self.sliding_window}"
+            )
 
     @property
     def hidden_size(self) -> int:

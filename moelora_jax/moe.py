@@ -34,11 +34,17 @@ class MoeParams(NamedTuple):
         router: ``[layers, experts, hidden]``.
         gate_up: ``[layers, experts, 2, intermediate, hidden]``; index 0 is gate, 1 is up.
         down: ``[layers, experts, hidden, intermediate]``.
+        router_bias: ``[layers, experts]``, or None where the model has none; so are the others.
+        gate_up_bias: ``[layers, experts, 2, intermediate]``.
+        down_bias: ``[layers, experts, hidden]``.
     """
 
     router: Array
     gate_up: Array
     down: Array
+    router_bias: Array | None = None
+    gate_up_bias: Array | None = None
+    down_bias: Array | None = None
 
 
 class MoeWorkspace(NamedTuple):
@@ -147,6 +153,8 @@ def moe_lora(
         The layer's output in the dtype of ``x``, without the residual.
     """
     logits = linear(x, params.router[layer], dtype=jnp.float32)
+    if params.router_bias is not None:
+        logits = logits + params.router_bias[layer].astype(jnp.float32)
     experts, weights = route(
         logits,
         top_k=config.top_k,
@@ -201,7 +209,7 @@ def moe_experts(
     if implementation == "reference":
         rows = tile_rows(pairs, config.num_experts)
     else:
-        if tokens == 1:
+        if tokens == 1 and not config.expert_bias:
             return one_token_experts(
                 x,
                 experts,
@@ -262,6 +270,7 @@ def moe_experts(
         top_k=top_k,
         tile_rows=rows,
         activation=config.activation,
+        bias=params.gate_up_bias,
         rank_activations=gate_up_ranks,
         sites=None if pages is None else (pages.gate, pages.up),
         out=workspace.hidden,
@@ -287,6 +296,7 @@ def moe_experts(
         layer,
         pairs=pairs,
         tile_rows=rows,
+        bias=params.down_bias,
         rank_activations=down_ranks,
         site=None if pages is None else pages.down,
         dtype=x.dtype,

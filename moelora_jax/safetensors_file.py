@@ -4,6 +4,7 @@ Safetensors is the only tensor format that this package reads: a file is a heade
 shapes and offsets followed by raw numbers, so opening one can never run code.
 """
 
+from collections.abc import Collection
 from pathlib import Path
 from types import TracebackType
 from typing import Any, NamedTuple
@@ -89,22 +90,25 @@ class SafetensorsFile:
     ) -> None:
         self._file.__exit__(kind, value, traceback)
 
-    def read(self, name: str) -> np.ndarray:
+    def read(self, name: str, dtypes: Collection[str] = FLOAT_DTYPES.keys()) -> np.ndarray:
         """Read one tensor, in the dtype of the file (bfloat16 as ``ml_dtypes.bfloat16``).
+
+        Args:
+            name: the tensor.
+            dtypes: those that it may have, as headers call them.
 
         Returns:
             A C-contiguous array of its own memory.
 
         Raises:
-            error: if the file has no tensor of that name, or its dtype is not in ``FLOAT_DTYPES``.
+            error: if the file has no tensor of that name, or its dtype is not in ``dtypes``.
         """
         if name not in self.headers:
             raise self._error(f"{self.path}: no tensor {name!r}")
         dtype = self.headers[name].dtype
-        if dtype not in FLOAT_DTYPES:
+        if dtype not in dtypes:
             raise self._error(
-                f"{self.path}: tensor {name!r} has dtype {dtype}; "
-                f"supported are {', '.join(FLOAT_DTYPES)}"
+                f"{self.path}: tensor {name!r} has dtype {dtype}; supported are {', '.join(dtypes)}"
             )
         try:
             tensor: np.ndarray = self._file.get_tensor(name)

@@ -46,6 +46,7 @@ def tiny_model_config(
             intermediate_size=intermediate_size,
         ),
         moe_layers=tuple(range(num_layers)),
+        qk_norm="head",
     )
 
 

@@ -9,8 +9,9 @@ import pytest
 from flax import nnx
 
 from moelora_jax import LLM, BucketConfig, CacheConfig, CheckpointError, Prompt, RuntimeConfig
+from moelora_jax.config import RopeConfig
 from moelora_jax.models import FAMILIES, convert_checkpoint, family_of, load_model, model_arrays
-from moelora_jax.models.layers import rms_norm, rotate
+from moelora_jax.models.layers import rms_norm, rope_frequencies, rotate
 from moelora_jax.models.qwen3_moe import read_model_config
 
 RUNTIME = RuntimeConfig(
@@ -54,8 +55,22 @@ def torch_qwen3_moe(**options: Any) -> Any:
         {"num_hidden_layers": 3, "mlp_only_layers": [1], "norm_topk_prob": False},
         {"decoder_sparse_step": 2, "tie_word_embeddings": True},
         {"attention_bias": True, "rope_parameters": {"rope_type": "default", "rope_theta": 77.0}},
+        {
+            "max_position_embeddings": 64,
+            "rope_parameters": {
+                "rope_type": "yarn",
+                "rope_theta": 5000.0,
+                "factor": 4.0,
+                "original_max_position_embeddings": 16,
+            },
+        },
     ],
-    ids=["a dense layer between, weights not renormalised", "tied, every second", "biases, theta"],
+    ids=[
+        "a dense layer between, weights not renormalised",
+        "tied, every second",
+        "biases, theta",
+        "yarn",
+    ],
 )
 def test_variants_equal_transformers(tmp_path: Path, options: dict[str, Any]) -> None:
     torch = pytest.importorskip("torch")
@@ -90,7 +105,7 @@ def test_configs_of_transformers_4_and_5_are_read_alike() -> None:
     version_5["num_local_experts"] = version_5.pop("num_experts")
     version_5["rope_parameters"] = {"rope_type": "default", "rope_theta": 5000.0}
     assert read_model_config(version_5) == read_model_config(RAW)
-    assert read_model_config(RAW).rope_theta == 5000.0
+    assert read_model_config(RAW).rope.theta == 5000.0
 
 
 @pytest.mark.parametrize(
@@ -113,7 +128,7 @@ def test_which_layers_have_experts(changes: dict[str, Any], layers: tuple[int, .
         ({"num_experts": None}, "num_experts missing"),
         ({"hidden_act": "gelu"}, "hidden_act 'gelu' is not supported"),
         ({"use_sliding_window": True}, "use_sliding_window"),
-        ({"rope_scaling": {"type": "yarn", "factor": 4.0}}, "rope_type 'yarn'"),
+        ({"rope_scaling": {"type": "llama3", "factor": 4.0}}, "rope_type 'llama3'"),
         ({"rope_parameters": {"rope_type": "linear"}}, "rope_type 'linear'"),
         ({"quantization_config": {"quant_method": "fp8"}}, "quantization_config"),
     ],
@@ -160,9 +175,35 @@ def test_rms_norm_and_rotation_against_float64() -> None:
     halves = x[..., :4] + 1j * x[..., 4:].astype(np.complex128)
     angle = positions[:, None, None] * 10000.0 ** (-np.arange(4) / 4)
     turned = halves * np.exp(1j * angle)
-    rotated = rotate(jnp.asarray(x), jnp.asarray(positions), 10000.0)
+    rotated = rotate(jnp.asarray(x), jnp.asarray(positions), RopeConfig())
     # An angle of 5,000 has a float32 spacing of 5e-4.
     np.testing.assert_allclose(
         rotated, np.concatenate([turned.real, turned.imag], -1), rtol=0, atol=2e-3
     )
     np.testing.assert_array_equal(rotated[0], x[0])
+
+
+@pytest.mark.parametrize(
+    "rope",
+    [
+        {"factor": 32.0, "original_max_position_embeddings": 4096, "truncate": False},
+        {"factor": 4.0, "original_max_position_embeddings": 32768},
+        {"factor": 4.0},
+        {"factor": 2.0, "attention_factor": 1.5, "beta_fast": 16.0, "beta_slow": 2.0},
+        {"factor": 8.0, "mscale": 0.7, "mscale_all_dim": 1.0},
+    ],
+)
+def test_yarn_equals_transformers(rope: dict[str, Any]) -> None:
+    pytest.importorskip("torch")
+    from transformers import Qwen3MoeConfig
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+    rope = {"rope_type": "yarn", "rope_theta": 150000.0} | rope
+    config = Qwen3MoeConfig(head_dim=64, max_position_embeddings=131072, rope_parameters=dict(rope))
+    expected, attention_factor = ROPE_INIT_FUNCTIONS["yarn"](config, device=None)
+    raw = RAW | {"rope_parameters": rope, "max_position_embeddings": 131072}
+    ours = read_model_config(raw).rope
+    assert ours.yarn is not None
+    assert ours.yarn.attention_factor == pytest.approx(attention_factor, rel=1e-12)
+    # Transformers computes the frequencies in float32.
+    np.testing.assert_allclose(rope_frequencies(ours, 64), expected.numpy(), rtol=1e-6)

@@ -135,3 +135,34 @@ QWEN3_MOE_NAMES = ModuleNames(
     },
     expert_parameters=("gate_up_proj", "down_proj"),
 )
+
+#: Mixtral: transformers v4 says ``block_sparse_moe`` and w1, w3, w2; v5 says ``mlp`` and fuses.
+MIXTRAL_NAMES = ModuleNames(
+    linear={f"self_attn.{site}": site for site in ("q_proj", "k_proj", "v_proj", "o_proj")},
+    experts=("block_sparse_moe.experts", "mlp.experts"),
+    projections={
+        "w1": ("gate_proj",),
+        "w3": ("up_proj",),
+        "w2": ("down_proj",),
+        "gate_proj": ("gate_proj",),
+        "up_proj": ("up_proj",),
+        "gate_up_proj": ("gate_proj", "up_proj"),
+        "down_proj": ("down_proj",),
+    },
+    expert_parameters=("gate_up_proj", "down_proj"),
+)
+
+#: gpt-oss, whose expert parameters have gate and up in alternating rows.
+GPT_OSS_NAMES = ModuleNames(
+    linear={f"self_attn.{site}": site for site in ("q_proj", "k_proj", "v_proj", "o_proj")},
+    experts=("mlp.experts",),
+    projections={
+        "gate_proj": ("gate_proj",),
+        "up_proj": ("up_proj",),
+        "gate_up_proj": ("gate_proj", "up_proj"),
+        "down_proj": ("down_proj",),
+    },
+    expert_parameters=("gate_up_proj", "down_proj"),
+    interleaved=True,
+    in_features_first=True,
+)

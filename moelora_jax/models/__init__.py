@@ -9,10 +9,15 @@ import jax
 from flax import nnx
 from jax.typing import DTypeLike
 
-from moelora_jax.adapters.module_names import QWEN3_MOE_NAMES, ModuleNames
+from moelora_jax.adapters.module_names import (
+    GPT_OSS_NAMES,
+    MIXTRAL_NAMES,
+    QWEN3_MOE_NAMES,
+    ModuleNames,
+)
 from moelora_jax.config import ModelConfig
 from moelora_jax.errors import CheckpointError
-from moelora_jax.models import qwen3_moe
+from moelora_jax.models import gpt_oss, mixtral, olmoe, qwen3_moe
 from moelora_jax.models.checkpoint import (
     Parameter,
     is_orbax,
@@ -21,6 +26,7 @@ from moelora_jax.models.checkpoint import (
     read_config,
     save_orbax,
 )
+from moelora_jax.models.decoder import Decoder
 
 __all__ = [
     "FAMILIES",
@@ -54,14 +60,37 @@ class ModelFamily:
     ignored_tensors: Sequence[str] = ()
 
 
+# Some old checkpoints hold what can be computed from the config.
+_ROTARY_FREQUENCIES = "model.layers.*.self_attn.rotary_emb.inv_freq"
+
 #: By the entry of ``architectures`` in config.json.
 FAMILIES: dict[str, ModelFamily] = {
     qwen3_moe.ARCHITECTURE: ModelFamily(
-        module=qwen3_moe.Qwen3Moe,
+        module=Decoder,
         read_config=qwen3_moe.read_model_config,
         parameters=qwen3_moe.checkpoint_parameters,
         module_names=QWEN3_MOE_NAMES,
-        ignored_tensors=("model.layers.*.self_attn.rotary_emb.inv_freq",),
+        ignored_tensors=(_ROTARY_FREQUENCIES,),
+    ),
+    olmoe.ARCHITECTURE: ModelFamily(
+        module=Decoder,
+        read_config=olmoe.read_model_config,
+        parameters=olmoe.checkpoint_parameters,
+        module_names=QWEN3_MOE_NAMES,  # OLMoE names its modules alike.
+        ignored_tensors=(_ROTARY_FREQUENCIES,),
+    ),
+    mixtral.ARCHITECTURE: ModelFamily(
+        module=Decoder,
+        read_config=mixtral.read_model_config,
+        parameters=mixtral.checkpoint_parameters,
+        module_names=MIXTRAL_NAMES,
+        ignored_tensors=(_ROTARY_FREQUENCIES,),
+    ),
+    gpt_oss.ARCHITECTURE: ModelFamily(
+        module=Decoder,
+        read_config=gpt_oss.read_model_config,
+        parameters=gpt_oss.checkpoint_parameters,
+        module_names=GPT_OSS_NAMES,
     ),
 }
 

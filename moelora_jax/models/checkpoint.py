@@ -33,7 +33,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -52,6 +52,7 @@ from safetensors.numpy import save_file
 
 from moelora_jax.errors import CheckpointError
 from moelora_jax.files import new_folder
+from moelora_jax.models import mxfp4
 from moelora_jax.safetensors_file import FLOAT_DTYPES, SafetensorsFile
 
 #: Dtypes that parameters can have on the device.
@@ -65,10 +66,16 @@ _ORBAX = "parameters"
 #: Files of pickled tensors, which can run code when they are opened.
 _PICKLE_SUFFIXES = (".bin", ".pt", ".pth")
 
+# Dtypes of quantised tensors.
+_BYTES = {"U8": np.dtype(np.uint8)}
 # Host memory that a stacked parameter passes through, unless one of its leading rows is larger.
 _STAGING_BYTES = 256 * 2**20
 # Names that an error spells out before it only counts.
 _NAMES_IN_ERRORS = 5
+
+
+#: For each axis of a tensor, the axes of a piece that it is made of.
+Axes = tuple[tuple[int, ...], ...]
 
 
 @dataclass(frozen=True)
@@ -77,35 +84,61 @@ class Parameter:
 
     ``array[index] = tensor`` for each piece; together they fill the array, each place once.
 
+    A file may have the axes of a piece in another order, and merge some of them: gpt-oss stores a
+    piece ``[experts, 2, intermediate, hidden]`` as a tensor ``[experts, hidden, intermediate·2]``,
+    where gate and up alternate. This is ``axes=((0,), (3,), (2, 1))``.
+
     Attributes:
         shape: of the stacked array.
         pieces: tensor name to index along the leading axes; the index ``()`` is the whole array.
+        axes: for each axis of the tensors, the axes of a piece that it is made of, outermost first;
+            None if tensors are like pieces.
+        mxfp4_axes: the same for a checkpoint in MXFP4, where ``{name}_blocks`` and
+            ``{name}_scales`` stand for a tensor; they are read where they are there, and never
+            written. None if the model has no such checkpoints.
 
     Raises:
-        ValueError: if an axis is empty, or the pieces overlap, or leave a gap.
+        ValueError: if an axis is empty, or the pieces overlap, or leave a gap, or ``axes`` or
+            ``mxfp4_axes`` do not name every axis of a piece once.
     """
 
     shape: tuple[int, ...]
     pieces: Mapping[str, tuple[int, ...]]
+    axes: Axes | None = None
+    mxfp4_axes: Axes | None = None
 
     def __post_init__(self) -> None:
         if not self.shape or min(self.shape) < 1:
             raise ValueError(f"a parameter needs axes of at least 1, not the shape {self.shape}")
         if not self.pieces:
             raise ValueError("a parameter needs at least one tensor")
-        leading_shape = self.shape[: len(self.shape) - len(self.tensor_shape)]
+        leading_shape = self.shape[: len(self.shape) - len(self.piece_shape)]
         places = itertools.product(*map(range, leading_shape))
         if sorted(self.pieces.values()) != list(places):
             raise ValueError(
                 f"the tensors {_some(self.pieces)} do not fill the leading axes {leading_shape} of "
                 f"the shape {self.shape}, each place once"
             )
+        for axes in (self.axes, self.mxfp4_axes):
+            if axes is not None and sorted(_order(axes)) != list(range(len(self.piece_shape))):
+                raise ValueError(f"{axes} are not the axes of pieces of shape {self.piece_shape}")
 
     @property
-    def tensor_shape(self) -> tuple[int, ...]:
+    def piece_shape(self) -> tuple[int, ...]:
         """Shape of every piece."""
         index = next(iter(self.pieces.values()))
         return self.shape[len(index) :]
+
+    @property
+    def tensor_shape(self) -> tuple[int, ...]:
+        """Shape of every tensor, where it is not quantised."""
+        return _merged_shape(self.piece_shape, self.axes)
+
+    def to_tensor(self, piece: np.ndarray) -> np.ndarray:
+        """The tensor that holds a piece."""
+        if self.axes is None:
+            return piece
+        return piece.transpose(_order(self.axes)).reshape(self.tensor_shape)
 
 
 def single(shape: tuple[int, ...], name: str) -> Parameter:
@@ -234,7 +267,7 @@ def save_checkpoint(
 
     # Of which array each tensor is a part, and where.
     parts = {
-        tensor: (arrays[name], index)
+        tensor: (parameter, arrays[name], index)
         for name, parameter in parameters.items()
         for tensor, index in parameter.pieces.items()
     }
@@ -253,8 +286,9 @@ def save_checkpoint(
                 file_name = _SINGLE_FILE
             tensors = {}
             for name in names:
-                array, index = parts[name]
-                tensors[name] = np.asarray(array[index], order="C")
+                parameter, array, index = parts[name]
+                tensor = parameter.to_tensor(np.asarray(array[index]))
+                tensors[name] = np.asarray(tensor, order="C")
             # Some versions of transformers refuse a file without this tag.
             save_file(tensors, new / file_name, metadata={"format": "pt"})
             weight_map.update(dict.fromkeys(names, file_name))
@@ -431,21 +465,26 @@ def _check_tensors(
     ignore: Sequence[str],
 ) -> None:
     """Compare the files' headers with the table."""
-    owners = {name: parameter for parameter in parameters.values() for name in parameter.pieces}
+    owners = {
+        tensor: expected
+        for parameter in parameters.values()
+        for name in parameter.pieces
+        for tensor, expected in _tensors_of_piece(name, parameter, files).items()
+    }
     missing = [name for name in owners if name not in files]
     if missing:
         raise CheckpointError(f"{folder}: missing tensors: {_some(missing)}")
-    for name, parameter in owners.items():
+    for name, expected in owners.items():
         file = files[name]
         dtype, shape = file.headers[name]
-        if dtype not in FLOAT_DTYPES:
+        if dtype not in expected.dtypes:
             raise CheckpointError(
                 f"{file.path}: tensor {name!r} has dtype {dtype}; "
-                f"supported are {', '.join(FLOAT_DTYPES)}"
+                f"supported are {', '.join(expected.dtypes)}"
             )
-        if shape != parameter.tensor_shape:
+        if shape != expected.shape:
             raise CheckpointError(
-                f"{file.path}: tensor {name!r} has shape {shape}, expected {parameter.tensor_shape}"
+                f"{file.path}: tensor {name!r} has shape {shape}, expected {expected.shape}"
             )
     unexpected = [
         name
@@ -499,13 +538,36 @@ def _damage_reported(path: Path) -> Iterator[None]:
         raise CheckpointError(f"{path}: cannot be restored: {cause}") from cause
 
 
+class _Expected(NamedTuple):
+    """What the header of a tensor must say: one of these dtypes, and this shape."""
+
+    dtypes: Mapping[str, np.dtype]
+    shape: tuple[int, ...]
+
+
+def _tensors_of_piece(
+    name: str, parameter: Parameter, files: Collection[str]
+) -> dict[str, _Expected]:
+    """The tensors that hold a piece: one, or in a quantised checkpoint two."""
+    blocks, scales = f"{name}_blocks", f"{name}_scales"
+    if parameter.mxfp4_axes is None or blocks not in files:
+        return {name: _Expected(FLOAT_DTYPES, parameter.tensor_shape)}
+    shape = _merged_shape(parameter.piece_shape, parameter.mxfp4_axes)
+    shapes = mxfp4.packed_shapes(shape)
+    return {
+        tensor: _Expected(_BYTES, packed)
+        for tensor, packed in zip((blocks, scales), shapes, strict=True)
+    }
+
+
 def _bytes_to_read(
     parameters: Mapping[str, Parameter], files: Mapping[str, SafetensorsFile]
 ) -> int:
     return sum(
-        math.prod(parameter.tensor_shape) * FLOAT_DTYPES[files[name].headers[name].dtype].itemsize
+        math.prod(expected.shape) * expected.dtypes[files[tensor].headers[tensor].dtype].itemsize
         for parameter in parameters.values()
         for name in parameter.pieces
+        for tensor, expected in _tensors_of_piece(name, parameter, files).items()
     )
 
 
@@ -519,12 +581,16 @@ def _load_parameter(
     length = parameter.shape[0]
     row_bytes = math.prod(parameter.shape[1:]) * dtype.itemsize
     # A single tensor is not split, as it is read whole anyway.
-    is_single = parameter.tensor_shape == parameter.shape
+    is_single = parameter.piece_shape == parameter.shape
     rows = length if is_single else min(length, max(1, _STAGING_BYTES // row_bytes))
     staging = np.empty((rows, *parameter.shape[1:]), dtype)
-    pieces = {name: parameter.pieces[name] for name in files if name in parameter.pieces}
+    # In the order of the files; a quantised piece has the place of its first tensor.
+    names = dict.fromkeys(
+        name for tensor in files for name in (tensor, tensor.removesuffix("_blocks"))
+    )
+    pieces = {name: parameter.pieces[name] for name in names if name in parameter.pieces}
     if rows == length:
-        _read_pieces(staging, pieces, files, advance)
+        _read_pieces(staging, parameter, pieces, files, advance)
         return jax.device_put(staging)
 
     array = jnp.zeros(parameter.shape, dtype)
@@ -535,7 +601,7 @@ def _load_parameter(
             for name, (row, *rest) in pieces.items()
             if start <= row < start + rows
         }
-        _read_pieces(stage, pieces_of_stage, files, advance)
+        _read_pieces(stage, parameter, pieces_of_stage, files, advance)
         array = _write_rows(array, stage, np.int32(start))
         array.block_until_ready()  # The next stage overwrites this one.
     return array
@@ -543,22 +609,50 @@ def _load_parameter(
 
 def _read_pieces(
     stage: np.ndarray,
+    parameter: Parameter,
     pieces: Mapping[str, tuple[int, ...]],
     files: Mapping[str, SafetensorsFile],
     advance: Callable[[int], None],
 ) -> None:
-    """Read tensors into their places in host memory, cast to its dtype."""
+    """Read pieces into their places in host memory, cast to its dtype."""
     for name, index in pieces.items():
-        tensor = files[name].read(name)
+        tensors = {
+            tensor: files[tensor].read(tensor, expected.dtypes)
+            for tensor, expected in _tensors_of_piece(name, parameter, files).items()
+        }
         # What does not fit into the dtype becomes infinite.
         with np.errstate(over="ignore", invalid="ignore"):
-            stage[index] = tensor
+            if len(tensors) == 1:
+                stage[index] = _piece(tensors[name], parameter.piece_shape, parameter.axes)
+            else:
+                blocks, scales = tensors.values()
+                tensor = mxfp4.dequantize(blocks, scales, stage.dtype)
+                stage[index] = _piece(tensor, parameter.piece_shape, parameter.mxfp4_axes)
         if not np.isfinite(stage[index]).all():
+            tensor_name = next(iter(tensors))
             raise CheckpointError(
-                f"{files[name].path}: tensor {name!r} has values that are NaN or infinite "
-                f"in {stage.dtype}"
+                f"{files[tensor_name].path}: tensor {tensor_name!r} has values that are NaN or "
+                f"infinite in {stage.dtype}"
             )
-        advance(tensor.nbytes)
+        advance(sum(tensor.nbytes for tensor in tensors.values()))
+
+
+def _order(axes: Axes) -> tuple[int, ...]:
+    return tuple(itertools.chain.from_iterable(axes))
+
+
+def _merged_shape(piece_shape: tuple[int, ...], axes: Axes | None) -> tuple[int, ...]:
+    if axes is None:
+        return piece_shape
+    return tuple(math.prod(piece_shape[axis] for axis in group) for group in axes)
+
+
+def _piece(tensor: np.ndarray, piece_shape: tuple[int, ...], axes: Axes | None) -> np.ndarray:
+    """The piece that a tensor holds."""
+    if axes is None:
+        return tensor
+    order = _order(axes)
+    return tensor.reshape([piece_shape[axis] for axis in order]).transpose(np.argsort(order))
 
 
 def _split_into_shards(sizes: Mapping[str, int], max_bytes: int) -> list[list[str]]:

@@ -4,17 +4,19 @@ Parameters are stacked over layers, and a part is called with the index of the l
 one loop over layers is the whole model.
 """
 
+import math
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax import Array
 from jax.typing import DTypeLike
 from jaxtyping import Float, Int32
 
 from moelora_jax.buckets import Batch
-from moelora_jax.config import ModelConfig
+from moelora_jax.config import ModelConfig, RopeConfig
 from moelora_jax.moe import MoeParams, linear, moe_lora
 from moelora_jax.workspace import DENSE_TILE_ROWS, KVCache, Workspace
 from moelora_kernels import (
@@ -109,16 +111,37 @@ def rms_norm(
 
 
 def rotate(
-    x: Float[Array, "tokens heads head_dim"], positions: Int32[Array, " tokens"], theta: float
+    x: Float[Array, "tokens heads head_dim"], positions: Int32[Array, " tokens"], rope: RopeConfig
 ) -> Float[Array, "tokens heads head_dim"]:
     """Rotary position embedding, in float32, of pairs half a head apart as in transformers."""
-    half = x.shape[-1] // 2
-    frequency = theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
-    angle = positions.astype(jnp.float32)[:, None, None] * frequency
+    angle = positions.astype(jnp.float32)[:, None, None] * rope_frequencies(rope, x.shape[-1])
     cos, sin = jnp.cos(angle), jnp.sin(angle)
+    if rope.yarn is not None:
+        cos, sin = cos * rope.yarn.attention_factor, sin * rope.yarn.attention_factor
     first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
     rotated = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
     return rotated.astype(x.dtype)
+
+
+def rope_frequencies(rope: RopeConfig, width: int) -> np.ndarray:
+    """By how many radians each pair of ``width`` features turns per position, ``[width // 2]``."""
+    pair = np.arange(width // 2)
+    frequency = rope.theta ** (-2 * pair / width)
+    yarn = rope.yarn
+    if yarn is not None:
+
+        def pair_of(turns: float) -> float:
+            """The pair, in fractions, that turns so often within the original length."""
+            wavelength = yarn.original_length / (turns * 2 * math.pi)
+            return width * math.log(wavelength) / (2 * math.log(rope.theta))
+
+        low, high = pair_of(yarn.beta_fast), pair_of(yarn.beta_slow)
+        if yarn.truncate:
+            low, high = math.floor(low), math.ceil(high)
+        low, high = max(low, 0), min(high, width - 1)
+        slowed = np.clip((pair - low) / (high - low or 1e-3), 0, 1)
+        frequency = frequency * (1 - slowed) + frequency / yarn.factor * slowed
+    return frequency.astype(np.float32)
 
 
 class LinearStack(nnx.Module):
@@ -156,10 +179,12 @@ class LinearStack(nnx.Module):
 
 
 class Attention(nnx.Module):
-    """Grouped-query attention of every layer, with rotary positions and normalised heads.
+    """Grouped-query attention of every layer, with rotary positions and what the config asks for.
 
     Attributes:
-        q_norm: ``[layers, head_dim]``; likewise ``k_norm``.
+        q_norm: ``[layers, width]`` of one head or of the whole projection; likewise ``k_norm``.
+            None without ``qk_norm``.
+        sinks: ``[layers, heads]``; None without ``attention_sinks``.
     """
 
     def __init__(self, config: ModelConfig, *, dtype: DTypeLike, rngs: nnx.Rngs) -> None:
@@ -178,27 +203,29 @@ class Attention(nnx.Module):
                 rngs=rngs,
             )
 
+        def norm(projection_width: int) -> nnx.Param[Array] | None:
+            if config.qk_norm is None:
+                return None
+            width = config.head_dim if config.qk_norm == "head" else projection_width
+            return nnx.Param(jnp.ones((layers, width), dtype))
+
         self.q_proj = projection("q_proj", hidden, queries)
         self.k_proj = projection("k_proj", hidden, keys)
         self.v_proj = projection("v_proj", hidden, keys)
         self.o_proj = projection("o_proj", queries, hidden)
-        self.q_norm = nnx.Param(jnp.ones((layers, config.head_dim), dtype))
-        self.k_norm = nnx.Param(jnp.ones((layers, config.head_dim), dtype))
+        self.q_norm = norm(queries)
+        self.k_norm = norm(keys)
+        sinks = nnx.Param(jnp.zeros((layers, config.num_heads), dtype))
+        self.sinks = sinks if config.attention_sinks else None
 
     def __call__(self, x: Float[Array, "tokens hidden"], layer: Array, step: Step) -> Array:
         """Attend to the cached positions, these tokens included; ``[tokens, hidden]``."""
         config, positions = self.config, step.batch.positions
-
-        def heads(y: Array) -> Array:
-            return y.reshape(x.shape[0], -1, config.head_dim)
-
-        query = heads(self.q_proj(x, layer, step))
-        key = heads(self.k_proj(x, layer, step))
-        value = heads(self.v_proj(x, layer, step))
-        query = rms_norm(query, self.q_norm[layer], config.norm_eps)
-        key = rms_norm(key, self.k_norm[layer], config.norm_eps)
-        query = rotate(query, positions, config.rope_theta)
-        key = rotate(key, positions, config.rope_theta)
+        query = self._heads(self.q_proj(x, layer, step), self.q_norm, layer)
+        key = self._heads(self.k_proj(x, layer, step), self.k_norm, layer)
+        value = self._heads(self.v_proj(x, layer, step), None, layer)
+        query = rotate(query, positions, config.rope)
+        key = rotate(key, positions, config.rope)
 
         keys, values = step.cache
         write_cache(keys, key, layer, step.block_of_token, step.offset_of_token)
@@ -213,8 +240,30 @@ class Attention(nnx.Module):
             step.query_tiles,
             tile_rows=step.query_tile_rows,
             scale=config.head_dim**-0.5,
+            window=self._window(layer),
+            sinks=None if self.sinks is None else self.sinks[layer],
         )
         return self.o_proj(attended.reshape(x.shape[0], -1), layer, step)
+
+    def _heads(
+        self, y: Float[Array, "tokens out"], norm: nnx.Param[Array] | None, layer: Array
+    ) -> Float[Array, "tokens heads head_dim"]:
+        """The heads of a projection's output, normalised and clipped where the model does that."""
+        if norm is not None:
+            parts = y.reshape(y.shape[0], -1, norm.shape[-1])
+            y = rms_norm(parts, norm[layer], self.config.norm_eps)
+        if self.config.clip_qkv is not None:
+            y = jnp.clip(y, -self.config.clip_qkv, self.config.clip_qkv)
+        return y.reshape(y.shape[0], -1, self.config.head_dim)
+
+    def _window(self, layer: Array) -> Int32[Array, ""] | None:
+        """Positions that a token of this layer attends to; None if no layer has a limit."""
+        window = self.config.sliding_window
+        if window is None:
+            return None
+        windows = np.full(self.config.num_layers, np.iinfo(np.int32).max, np.int32)
+        windows[list(self.config.sliding_layers)] = window
+        return jnp.asarray(windows)[layer]
 
 
 class DenseMlp(nnx.Module):
@@ -244,17 +293,27 @@ class Experts(nnx.Module):
 
     Attributes:
         router: ``[moe layers, experts, hidden]``.
+        router_bias: ``[moe layers, experts]``; None where the model has none; so are the others.
         gate_up: ``[moe layers, experts, 2, intermediate, hidden]``; index 0 is gate, 1 is up.
+        gate_up_bias: ``[moe layers, experts, 2, intermediate]``.
         down: ``[moe layers, experts, hidden, intermediate]``.
+        down_bias: ``[moe layers, experts, hidden]``.
     """
 
     def __init__(self, config: ModelConfig, *, dtype: DTypeLike, rngs: nnx.Rngs) -> None:
         self.config = config.moe
         layers, experts = len(config.moe_layers), config.moe.num_experts
         hidden, inner = config.hidden_size, config.moe.intermediate_size
+
+        def bias(exists: bool, *shape: int) -> nnx.Param[Array] | None:
+            return nnx.Param(jnp.zeros((layers, experts, *shape), dtype)) if exists else None
+
         self.router = random_param(rngs, (layers, experts, hidden), dtype)
+        self.router_bias = bias(config.moe.router_bias)
         self.gate_up = random_param(rngs, (layers, experts, 2, inner, hidden), dtype)
+        self.gate_up_bias = bias(config.moe.expert_bias, 2, inner)
         self.down = random_param(rngs, (layers, experts, hidden, inner), dtype)
+        self.down_bias = bias(config.moe.expert_bias, hidden)
 
     def __call__(self, x: Float[Array, "tokens hidden"], index: Array, step: Step) -> Array:
         """The ``index``-th MoE layer."""
@@ -265,13 +324,26 @@ class Experts(nnx.Module):
             )
         return moe_lora(
             x,
-            MoeParams(self.router[...], self.gate_up[...], self.down[...]),
+            self._params(),
             index,
             self.config,
             num_tokens=step.batch.num_tokens,
             adapter_of_token=None if pages is None else step.batch.adapter_of_token,
             pages=pages,
             workspace=step.workspace.moe,
+        )
+
+    def _params(self) -> MoeParams:
+        def values(param: nnx.Param[Array] | None) -> Array | None:
+            return None if param is None else param[...]
+
+        return MoeParams(
+            router=self.router[...],
+            gate_up=self.gate_up[...],
+            down=self.down[...],
+            router_bias=values(self.router_bias),
+            gate_up_bias=values(self.gate_up_bias),
+            down_bias=values(self.down_bias),
         )
 
 

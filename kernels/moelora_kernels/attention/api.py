@@ -62,12 +62,16 @@ def paged_attention(
     *,
     tile_rows: int,
     scale: float,
+    window: Int32[Array, ""] | None = None,
+    sinks: Float[Array, " heads"] | None = None,
     out: Buffer | None = None,
     implementation: Implementation | None = None,
 ) -> Buffer:
     """Attention of packed queries to the cached positions of their own sequence, up to their own.
 
-    Softmax and sums are in float32. Query heads are grouped over the key heads.
+    Softmax and sums are in float32. Query heads are grouped over the key heads. With a window a
+    query at position p sees the positions from p - window + 1 to p. With sinks the weights of a
+    head are those of the softmax over its scores and its sink, so they sum up to less than one.
 
     Args:
         queries: packed queries; their keys and values are in the cache already.
@@ -79,8 +83,12 @@ def paged_attention(
         tiles: from :func:`query_tiles`.
         tile_rows: what the tiles were made with.
         scale: factor on the scores.
+        window: positions that a query sees at most, its own included; None means all. It is data,
+            so layers with different windows share one program.
+        sinks: one more score for each query head, without a value; not multiplied by ``scale``.
         out: ``[>= tokens, heads, head_dim]`` in the dtype of ``queries``.
-        implementation: None chooses by the default device.
+        implementation: None chooses by the default device. With a window or with sinks it is the
+            reference everywhere.
 
     Returns:
         ``[tokens, heads, head_dim]``; not defined for tokens in no tile.
@@ -89,7 +97,8 @@ def paged_attention(
         raise ValueError(
             f"{queries.shape[1]} query heads cannot be grouped over {k_cache.shape[3]} key heads"
         )
-    if choose(implementation) == "triton":
+    # The Triton kernel knows neither windows nor sinks yet.
+    if choose(implementation) == "triton" and window is None and sinks is None:
         from moelora_kernels.attention import triton
 
         return triton.paged_attention(
@@ -105,6 +114,16 @@ def paged_attention(
             out=out,
         )
     value = reference.paged_attention(
-        queries, k_cache, v_cache, layer, block_table, positions, tiles, tile_rows, scale
+        queries,
+        k_cache,
+        v_cache,
+        layer,
+        block_table,
+        positions,
+        tiles,
+        tile_rows,
+        scale,
+        window,
+        sinks,
     )
     return result(out, value)

@@ -19,6 +19,8 @@ def paged_attention(
     query_tiles: Array,
     tile_rows: int,
     scale: float,
+    window: Array | None = None,
+    sinks: Array | None = None,
 ) -> Array:
     """See :func:`moelora_kernels.paged_attention`."""
     tokens, heads, head_dim = queries.shape
@@ -28,23 +30,25 @@ def paged_attention(
 
     def tile(entry: Array) -> None:
         sequence, first, end = entry
-        window = TileRows(first, end, tile_rows, tokens)
+        rows = TileRows(first, end, tile_rows, tokens)
         blocks = block_table[sequence]
         keys = k_cache[layer, blocks].reshape(-1, kv_heads, head_dim)
         values = v_cache[layer, blocks].reshape(-1, kv_heads, head_dim)
-        query = window.take(queries).reshape(window.size, kv_heads, group, head_dim)
-        position = jnp.where(window.valid, window.take(positions), 0)
+        query = rows.take(queries).reshape(rows.size, kv_heads, group, head_dim)
+        position = jnp.where(rows.valid, rows.take(positions), 0)
         context = jnp.arange(keys.shape[0], dtype=jnp.int32)
 
         scores = _einsum("qhgd,khd->hgqk", query, keys) * jnp.float32(scale)
         visible = context[None, :] <= position[:, None]
+        if window is not None:
+            visible &= context[None, :] > position[:, None] - window
         scores = jnp.where(visible, scores, -jnp.inf)
-        weights = jax.nn.softmax(scores, axis=-1).astype(queries.dtype)
+        weights = _softmax(scores, sinks).astype(queries.dtype)
         # A zero weight does not undo a NaN in a position that was never written.
         values = jnp.where((context <= jnp.max(position))[:, None, None], values, 0)
         value = _einsum("hgqk,khd->qhgd", weights, values).reshape(-1, heads, head_dim)
-        where = jax.ds(window.start, window.size)
-        out[where] = jnp.where(window.valid[:, None, None], value.astype(out.dtype), out[where])
+        where = jax.ds(rows.start, rows.size)
+        out[where] = jnp.where(rows.valid[:, None, None], value.astype(out.dtype), out[where])
 
     for_each_tile(query_tiles, tile)
     return out[...]
@@ -55,3 +59,12 @@ def _einsum(subscripts: str, a: Array, b: Array) -> Array:
     return jnp.einsum(
         subscripts, a, b, precision=lax.Precision.HIGHEST, preferred_element_type=jnp.float32
     )
+
+
+def _softmax(scores: Array, sinks: Array | None) -> Array:
+    """Softmax over the last axis of ``[kv_heads, group, queries, context]``, sinks included."""
+    if sinks is None:
+        return jax.nn.softmax(scores, axis=-1)
+    column = sinks.astype(jnp.float32).reshape(*scores.shape[:2], 1, 1)
+    column = jnp.broadcast_to(column, (*scores.shape[:3], 1))
+    return jax.nn.softmax(jnp.concatenate([scores, column], axis=-1), axis=-1)[..., :-1]

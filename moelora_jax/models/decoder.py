@@ -1,0 +1,177 @@
+"""The decoder that the models share, and where its parameters are in a checkpoint of transformers.
+
+Layers are attention and experts, or a dense MLP, each behind a norm and added to the residual
+stream. What differs between the models is in :class:`~moelora_jax.config.ModelConfig`, and in the
+names of their tensors.
+"""
+
+from collections.abc import Iterator, Sequence
+from itertools import groupby
+
+import jax.numpy as jnp
+from flax import nnx
+from jax import Array, lax
+from jax.typing import DTypeLike
+from jaxtyping import Float
+
+from moelora_jax.buckets import Batch
+from moelora_jax.config import ModelConfig
+from moelora_jax.models.checkpoint import Parameter, single, stacked
+from moelora_jax.models.layers import (
+    Attention,
+    DenseMlp,
+    Experts,
+    Pages,
+    Step,
+    prepare_step,
+    random_param,
+    rms_norm,
+)
+from moelora_jax.moe import linear
+from moelora_jax.workspace import KVCache, Workspace
+
+#: What the tensors of a layer are called.
+LAYER = "model.layers.{layer}."
+
+
+class Decoder(nnx.Module):
+    """A whole model, parameters stacked over layers.
+
+    Attributes:
+        embedding: ``[vocab, hidden]``.
+        attention_norm: ``[layers, hidden]``; likewise ``feed_forward_norm``.
+        final_norm: ``[hidden]``.
+        head: ``[vocab, hidden]``; None where the embedding is used.
+    """
+
+    def __init__(self, config: ModelConfig, *, dtype: DTypeLike, rngs: nnx.Rngs) -> None:
+        self.config = config
+        layers, hidden = config.num_layers, config.hidden_size
+        self.embedding = random_param(rngs, (config.vocab_size, hidden), dtype)
+        self.attention_norm = nnx.Param(jnp.ones((layers, hidden), dtype))
+        self.attention = Attention(config, dtype=dtype, rngs=rngs)
+        self.feed_forward_norm = nnx.Param(jnp.ones((layers, hidden), dtype))
+        self.experts = Experts(config, dtype=dtype, rngs=rngs) if config.moe_layers else None
+        self.mlp = DenseMlp(config, dtype=dtype, rngs=rngs) if config.dense_layers else None
+        self.final_norm = nnx.Param(jnp.ones((hidden,), dtype))
+        tied = config.tie_embeddings
+        self.head = None if tied else random_param(rngs, (config.vocab_size, hidden), dtype)
+
+    def __call__(
+        self, batch: Batch, cache: KVCache, workspace: Workspace, pages: Pages | None
+    ) -> Float[Array, "tokens hidden"]:
+        """Hidden states after the final norm; keys and values of the batch are added to the cache.
+
+        Args:
+            batch: packed tokens of several sequences.
+            cache: references to the KV cache.
+            workspace: references to the workspaces.
+            pages: resident adapters by site; None runs the base model.
+        """
+        step = prepare_step(batch, cache, workspace, pages)
+        x = self.embedding[batch.tokens]
+        # Equal layers in a row are one loop; most models are a single one.
+        for is_moe, layers in groupby(range(self.config.num_layers), self._is_moe):
+            members = list(layers)
+            x = lax.fori_loop(
+                members[0],
+                members[-1] + 1,
+                lambda layer, x, is_moe=is_moe, first=members[0]: self._layer(
+                    jnp.int32(layer), x, step, is_moe=is_moe, first=first
+                ),
+                x,
+            )
+        return rms_norm(x, self.final_norm[...], self.config.norm_eps)
+
+    def logits(self, hidden: Float[Array, "rows hidden"]) -> Float[Array, "rows vocab"]:
+        """Scores of the next token, float32."""
+        head = self.embedding if self.head is None else self.head
+        return linear(hidden, head[...], dtype=jnp.float32)
+
+    def _is_moe(self, layer: int) -> bool:
+        return layer in self.config.moe_layers
+
+    def _layer(self, layer: Array, x: Array, step: Step, *, is_moe: bool, first: int) -> Array:
+        """One decoder layer of the run of equal layers that starts at layer ``first``."""
+        epsilon = self.config.norm_eps
+        normed = rms_norm(x, self.attention_norm[layer], epsilon)
+        x = x + self.attention(normed, layer, step)
+        normed = rms_norm(x, self.feed_forward_norm[layer], epsilon)
+        if is_moe:
+            assert self.experts is not None
+            index = layer - first + self.config.moe_layers.index(first)
+            return x + self.experts(normed, index, step)
+        assert self.mlp is not None
+        return x + self.mlp(normed, layer - first + self.config.dense_layers.index(first))
+
+
+def each_layer(shape: tuple[int, ...], name: str, layers: Sequence[int]) -> Parameter:
+    """A parameter ``[layers, *shape]`` that is the tensor ``name`` of each of the layers."""
+    return stacked((len(layers), *shape), f"{LAYER}{name}", layer=layers)
+
+
+def shared_parameters(config: ModelConfig) -> Iterator[tuple[str, Parameter]]:
+    """What all models call alike: embedding, norms, head and attention."""
+    hidden, layers = config.hidden_size, range(config.num_layers)
+    queries, keys = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
+
+    yield "embedding", single((config.vocab_size, hidden), "model.embed_tokens.weight")
+    yield "final_norm", single((hidden,), "model.norm.weight")
+    if not config.tie_embeddings:
+        yield "head", single((config.vocab_size, hidden), "lm_head.weight")
+    yield "attention_norm", each_layer((hidden,), "input_layernorm.weight", layers)
+    yield "feed_forward_norm", each_layer((hidden,), "post_attention_layernorm.weight", layers)
+
+    for name, out_features, in_features in (
+        ("q_proj", queries, hidden),
+        ("k_proj", keys, hidden),
+        ("v_proj", keys, hidden),
+        ("o_proj", hidden, queries),
+    ):
+        path, source = f"attention.{name}", f"self_attn.{name}"
+        yield f"{path}.weight", each_layer((out_features, in_features), f"{source}.weight", layers)
+        if config.attention_bias:
+            yield f"{path}.bias", each_layer((out_features,), f"{source}.bias", layers)
+    if config.qk_norm is not None:
+        for name, projection in (("q_norm", queries), ("k_norm", keys)):
+            width = config.head_dim if config.qk_norm == "head" else projection
+            yield f"attention.{name}", each_layer((width,), f"self_attn.{name}.weight", layers)
+    if config.attention_sinks:
+        yield "attention.sinks", each_layer((config.num_heads,), "self_attn.sinks", layers)
+
+
+def per_expert_parameters(
+    config: ModelConfig, block: str, gate: str, up: str, down: str
+) -> Iterator[tuple[str, Parameter]]:
+    """Router and experts, stored as one tensor for each projection of each expert.
+
+    Args:
+        config: the model.
+        block: path inside a layer of what holds the router ``gate`` and the ``experts``.
+        gate: name of an expert's gate projection.
+        up: of its up projection.
+        down: of its down projection.
+    """
+    layers, experts = config.moe_layers, range(config.moe.num_experts)
+    hidden, inner = config.hidden_size, config.moe.intermediate_size
+    leading = (len(layers), len(experts))
+    yield "experts.router", each_layer((len(experts), hidden), f"{block}.gate.weight", layers)
+    yield (
+        "experts.gate_up",
+        stacked(
+            (*leading, 2, inner, hidden),
+            f"{LAYER}{block}.experts.{{expert}}.{{projection}}.weight",
+            layer=layers,
+            expert=experts,
+            projection=(gate, up),
+        ),
+    )
+    yield (
+        "experts.down",
+        stacked(
+            (*leading, hidden, inner),
+            f"{LAYER}{block}.experts.{{expert}}.{down}.weight",
+            layer=layers,
+            expert=experts,
+        ),
+    )

@@ -1,0 +1,371 @@
+"""Every model family against transformers: logits, adapters, generation, and its config.json."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from moelora_jax import (
+    LLM,
+    BucketConfig,
+    CacheConfig,
+    CheckpointError,
+    LoraConfig,
+    ModelConfig,
+    Prompt,
+    RuntimeConfig,
+)
+from moelora_jax.config import RopeConfig
+from moelora_jax.models import FAMILIES
+from tests.adapter_files import (
+    Deltas,
+    Tensors,
+    adapter_options,
+    linear_tensors,
+    per_expert_tensors,
+    write_adapter,
+)
+
+# As in test_parity.py.
+TOLERANCE = 2e-5
+
+RUNTIME = RuntimeConfig(
+    lora=LoraConfig(max_adapters=3, max_rank=32, pool_rank=24),
+    buckets=BucketConfig(decode=(8,), prefill=(128,)),
+    cache=CacheConfig(max_length=32, block_size=8),
+)
+ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
+SIZES = {
+    "vocab_size": 97,
+    "hidden_size": 48,
+    "intermediate_size": 20,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "num_experts_per_tok": 2,
+    "num_local_experts": 6,
+}
+#: Of a head of 16, some pairs are slowed down, some are not, and some are between.
+YARN = {
+    "rope_type": "yarn",
+    "factor": 4.0,
+    "original_max_position_embeddings": 64,
+    "beta_fast": 4.0,
+    "beta_slow": 0.5,
+    "truncate": False,
+}
+
+
+@dataclass(frozen=True)
+class Family:
+    """A family under test.
+
+    Attributes:
+        config_class: of transformers.
+        options: of a tiny model, with every feature that the family has.
+        version_4: the same as transformers 4 wrote it, where it differs; None removes a key.
+        expert_names: how per-expert adapters call ``mlp.experts`` and the projections.
+        interleaved: whether expert parameters are ``[experts, in, out]`` and gate and up alternate.
+        scales: factor on the random weights whose name has this part.
+        refused: changes of the config, and what is said about them.
+    """
+
+    config_class: str
+    options: dict[str, Any]
+    version_4: dict[str, Any]
+    refused: dict[str, dict[str, Any]]
+    expert_names: dict[str, str] = field(default_factory=dict)
+    interleaved: bool = False
+    scales: dict[str, float] = field(default_factory=dict)
+
+
+TESTED = {
+    "OlmoeForCausalLM": Family(
+        config_class="OlmoeConfig",
+        options=SIZES
+        | {
+            "clip_qkv": 0.9,
+            "norm_topk_prob": True,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 5000.0},
+        },
+        version_4={
+            "num_local_experts": None,
+            "num_experts": 6,
+            "rope_parameters": None,
+            "rope_theta": 5000.0,
+        },
+        refused={
+            "num_experts missing": {"num_experts": None, "num_local_experts": None},
+            "hidden_act 'gelu'": {"hidden_act": "gelu"},
+            "rope_type 'linear'": {"rope_parameters": {"rope_type": "linear", "factor": 2.0}},
+            "quantization_config": {"quantization_config": {"quant_method": "fp8"}},
+        },
+    ),
+    "MixtralForCausalLM": Family(
+        config_class="MixtralConfig",
+        options=SIZES
+        | {
+            "head_dim": 16,
+            "sliding_window": 5,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 5000.0},
+        },
+        version_4={"rope_parameters": None, "rope_theta": 5000.0},
+        refused={
+            "num_local_experts missing": {"num_local_experts": None},
+            "hidden_act 'gelu'": {"hidden_act": "gelu"},
+            "rope_type 'dynamic'": {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0}},
+            "quantization_config": {"quantization_config": {"quant_method": "awq"}},
+        },
+        expert_names={
+            "mlp.experts": "block_sparse_moe.experts",
+            "gate_proj": "w1",
+            "up_proj": "w3",
+            "down_proj": "w2",
+        },
+    ),
+    "GptOssForCausalLM": Family(
+        config_class="GptOssConfig",
+        options=SIZES
+        | {
+            "head_dim": 16,
+            "sliding_window": 5,
+            "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+            "max_position_embeddings": 256,
+            "rope_parameters": YARN | {"rope_theta": 5000.0},
+        },
+        version_4={"rope_parameters": None, "rope_theta": 5000.0, "rope_scaling": YARN},
+        refused={
+            "layer_types missing": {"layer_types": None},
+            "layer_types must be": {"layer_types": ["full_attention", "chunked_attention"] * 2},
+            "rope_parameters missing": {"rope_parameters": None},
+            "swiglu_limit 10.0": {"swiglu_limit": 10.0},
+            "beta_medium of rope_type": {"rope_parameters": YARN | {"beta_medium": 4.0}},
+            "quant_method 'gptq'": {"quantization_config": {"quant_method": "gptq"}},
+        },
+        interleaved=True,
+        # Some gates must exceed the limit of 7, and sinks must matter beside scores.
+        scales={"gate_up_proj": 4.0, "down_proj": 0.25, "sinks": 10.0},
+    ),
+}
+
+
+@pytest.fixture(scope="module", params=TESTED)
+def architecture(request: pytest.FixtureRequest) -> str:
+    name: str = request.param
+    return name
+
+
+def torch_model(architecture: str) -> Any:
+    """A model of PyTorch with random weights, the same at every call."""
+    torch = pytest.importorskip("torch")
+    import transformers
+
+    family = TESTED[architecture]
+    config = getattr(transformers, family.config_class)(**family.options)
+    model = getattr(transformers, architecture)(config).eval()
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            noise = torch.randn(parameter.shape, generator=generator)
+            scale = 0.15
+            for part, factor in family.scales.items():
+                scale *= factor if part in name else 1.0
+            is_norm = "norm" in name
+            parameter.copy_(1 + 0.1 * noise if is_norm else scale * noise)
+    return model
+
+
+def raw_config(architecture: str, changes: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """A config.json without its nulls."""
+    raw = {"architectures": [architecture]} | TESTED[architecture].options | dict(changes or {})
+    return {key: value for key, value in raw.items() if value is not None}
+
+
+def merged(model: Any, deltas: Deltas, *, interleaved: bool) -> Any:
+    """Add an adapter's changes to a PyTorch model's own weights."""
+    torch = pytest.importorskip("torch")
+    with torch.no_grad():
+        for (layer, site, expert), delta in deltas.items():
+            block = model.model.layers[layer]
+            change = torch.from_numpy(delta.astype(np.float32))
+            if site in ATTENTION:
+                getattr(block.self_attn, site).weight += change
+                continue
+            parameter = "down_proj" if site == "down_proj" else "gate_up_proj"
+            weight = getattr(block.mlp.experts, parameter)[expert]
+            if interleaved:
+                weight = weight.T  # A view [out, in].
+            if site == "down_proj":
+                weight += change
+            elif interleaved:
+                weight[0 if site == "gate_proj" else 1 :: 2] += change
+            else:
+                weight.chunk(2)[0 if site == "gate_proj" else 1].add_(change)
+    return model
+
+
+def renamed(tensors: Tensors, names: Mapping[str, str]) -> Tensors:
+    """Tensors of routed experts under the names of a family."""
+
+    def rename(tensor: str) -> str:
+        if ".experts." in tensor:
+            for name, other in names.items():
+                tensor = tensor.replace(f".{name}.", f".{other}.")
+        return tensor
+
+    return {rename(tensor): values for tensor, values in tensors.items()}
+
+
+def write_by_hand(folder: Path, config: ModelConfig, family: Family) -> dict[str, Deltas]:
+    """Adapters with a factor for each projection of each expert."""
+    rng = np.random.default_rng(0)
+    experts, deltas_of_experts = per_expert_tensors(config, rng, rank=3, scaling=2.0)
+    linear, deltas_of_linear = linear_tensors(config, rng, rank=3, scaling=2.0)
+    few, deltas_of_few = per_expert_tensors(config, rng, rank=24, scaling=0.5, experts=(0, 3, 4))
+    names = family.expert_names
+    write_adapter(
+        folder / "experts and attention",
+        renamed(experts, names) | linear,
+        adapter_options(r=3, lora_alpha=6),
+    )
+    write_adapter(
+        folder / "some experts", renamed(few, names), adapter_options(r=24, lora_alpha=12)
+    )
+    return {
+        "experts and attention": deltas_of_experts | deltas_of_linear,
+        "some experts": deltas_of_few,
+    }
+
+
+def save_by_peft(model: Any, folder: Path) -> None:
+    """An adapter on attention and on the experts' parameters, with random factors."""
+    torch = pytest.importorskip("torch")
+    import peft
+
+    config = peft.LoraConfig(
+        r=5,
+        lora_alpha=10,
+        target_modules=ATTENTION,
+        target_parameters=["mlp.experts.gate_up_proj", "mlp.experts.down_proj"],
+    )
+    adapted = peft.get_peft_model(model, config)
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for name, parameter in adapted.named_parameters():
+            if ".lora_" in name:
+                parameter.normal_(std=0.1, generator=generator)
+    adapted.save_pretrained(str(folder))
+
+
+class Loaded(NamedTuple):
+    """A model with three adapters, and what makes the same of each in PyTorch."""
+
+    llm: LLM
+    torch_models: dict[str | None, Any]
+
+
+@pytest.fixture(scope="module")
+def loaded(architecture: str, tmp_path_factory: pytest.TempPathFactory) -> Loaded:
+    pytest.importorskip("torch")
+    from peft import PeftModel
+
+    folder, family = tmp_path_factory.mktemp("family"), TESTED[architecture]
+    base = torch_model(architecture)
+    base.save_pretrained(folder / "base")
+    llm = LLM.load(folder / "base", runtime=RUNTIME, dtype=jnp.float32)
+
+    by_hand = write_by_hand(folder, llm.config, family)
+    save_by_peft(torch_model(architecture), folder / "by peft")
+    peft_model = PeftModel.from_pretrained(torch_model(architecture), folder / "by peft")
+    torch_models = {None: base, "by peft": peft_model.eval()}
+    for name, deltas in by_hand.items():
+        torch_models[name] = merged(
+            torch_model(architecture), deltas, interleaved=family.interleaved
+        )
+    for name in torch_models:
+        if name is not None:
+            llm.load_adapter(name, folder / name)
+    return Loaded(llm, torch_models)
+
+
+def test_logits_of_a_mixed_batch_equal_transformers(loaded: Loaded) -> None:
+    torch = pytest.importorskip("torch")
+    rng = np.random.default_rng(2)
+    names = [None, *loaded.torch_models, None]
+    prompts = [
+        Prompt(rng.integers(0, 97, length).tolist(), name)
+        for name, length in zip(names, (30, 1, 28, 9, 25, 12), strict=True)
+    ]
+    for prompt, logits in zip(prompts, loaded.llm.score(prompts), strict=True):
+        tokens = torch.tensor([prompt.tokens])
+        with torch.no_grad():
+            expected = loaded.torch_models[prompt.adapter](tokens).logits[0].numpy()
+            base = loaded.torch_models[None](tokens).logits[0].numpy()
+        assert 1 < np.abs(expected).max() < 10
+        if prompt.adapter is not None:
+            # The adapter matters by far more than the tolerance, or the comparison says nothing.
+            assert np.abs(expected - base).max() > 1000 * TOLERANCE
+        np.testing.assert_allclose(
+            logits, expected, rtol=0, atol=TOLERANCE, err_msg=str(prompt.adapter)
+        )
+
+
+def test_generated_tokens_equal_transformers(loaded: Loaded) -> None:
+    torch = pytest.importorskip("torch")
+    rng = np.random.default_rng(3)
+    prompts = [
+        Prompt(rng.integers(0, 97, length).tolist(), name)
+        for name, length in zip(loaded.torch_models, (7, 1, 22, 13), strict=True)
+    ]
+    completions = loaded.llm.generate(prompts, max_new_tokens=8, stop_tokens=())
+    for prompt, completion in zip(prompts, completions, strict=True):
+        tokens = [*prompt.tokens, *completion.tokens]
+        with torch.no_grad():
+            logits = loaded.torch_models[prompt.adapter](torch.tensor([tokens])).logits[0]
+        logits = logits[len(prompt.tokens) - 1 : -1]
+        best = torch.topk(logits, 2).values
+        assert (best[:, 0] - best[:, 1] > TOLERANCE).all(), "a tie: choose another seed"
+        assert list(completion.tokens) == logits.argmax(-1).tolist()
+
+
+def test_configs_of_transformers_4_and_5_are_read_alike(architecture: str) -> None:
+    read, family = FAMILIES[architecture].read_config, TESTED[architecture]
+    config = read(raw_config(architecture))
+    assert read(raw_config(architecture, family.version_4)) == config
+    assert config.rope.theta == 5000.0
+
+
+@pytest.mark.parametrize(
+    ("architecture", "message"),
+    [(name, message) for name, family in TESTED.items() for message in family.refused],
+)
+def test_unsupported_configs_are_refused_by_key(architecture: str, message: str) -> None:
+    changes = TESTED[architecture].refused[message]
+    with pytest.raises(CheckpointError, match=message):
+        FAMILIES[architecture].read_config(raw_config(architecture, changes))
+
+
+def test_every_parameter_of_the_module_is_in_the_table(architecture: str) -> None:
+    family = FAMILIES[architecture]
+    config = family.read_config(raw_config(architecture))
+    skeleton = nnx.eval_shape(lambda: family.module(config, dtype=jnp.float32, rngs=nnx.Rngs(0)))
+    shapes = {
+        ".".join(map(str, path)): leaf.shape
+        for path, leaf in nnx.to_flat_state(nnx.state(skeleton))
+    }
+    table = family.parameters(config)
+    assert shapes == {path: parameter.shape for path, parameter in table.items()}
+
+
+def test_what_transformers_assumes_where_the_config_is_silent() -> None:
+    olmoe = raw_config("OlmoeForCausalLM", {"clip_qkv": None, "rope_parameters": None})
+    config = FAMILIES["OlmoeForCausalLM"].read_config(olmoe)
+    assert (config.clip_qkv, config.rope) == (None, RopeConfig(10000.0))
+    mixtral = raw_config("MixtralForCausalLM", {"sliding_window": None, "rope_parameters": None})
+    config = FAMILIES["MixtralForCausalLM"].read_config(mixtral)
+    assert (config.sliding_layers, config.rope) == ((), RopeConfig(1e6))
