@@ -51,6 +51,7 @@ def case(dtype: str, heads: int, kv_heads: int, head_dim: int, sequences: list[t
     ],
     ids=["one long", "decode 5", "decode 32", "prefill"],
 )
+@pytest.mark.parametrize("window", [None, 100], ids=["full", "window and sinks"])
 def test_attention_against_the_reference(
     dtype: str,
     heads: int,
@@ -58,6 +59,7 @@ def test_attention_against_the_reference(
     head_dim: int,
     sequences: list[tuple[int, int]],
     tile_rows: int,
+    window: int | None,
 ) -> None:
     arrays, table, positions, counts = case(dtype, heads, kv_heads, head_dim, sequences)
     tokens = positions.size
@@ -73,6 +75,8 @@ def test_attention_against_the_reference(
             query_tiles(counts, tokens, tile_rows),
             tile_rows=tile_rows,
             scale=head_dim**-0.5,
+            window=None if window is None else jnp.int32(window),
+            sinks=None if window is None else jax.random.normal(jax.random.key(0), (heads,)),
             implementation=implementation,  # type: ignore[arg-type]
         )
 

@@ -87,8 +87,7 @@ def paged_attention(
             so layers with different windows share one program.
         sinks: one more score for each query head, without a value; not multiplied by ``scale``.
         out: ``[>= tokens, heads, head_dim]`` in the dtype of ``queries``.
-        implementation: None chooses by the default device. With a window or with sinks it is the
-            reference everywhere.
+        implementation: None chooses by the default device.
 
     Returns:
         ``[tokens, heads, head_dim]``; not defined for tokens in no tile.
@@ -97,8 +96,7 @@ def paged_attention(
         raise ValueError(
             f"{queries.shape[1]} query heads cannot be grouped over {k_cache.shape[3]} key heads"
         )
-    # The Triton kernel knows neither windows nor sinks yet.
-    if choose(implementation) == "triton" and window is None and sinks is None:
+    if choose(implementation) == "triton":
         from moelora_kernels.attention import triton
 
         return triton.paged_attention(
@@ -111,6 +109,8 @@ def paged_attention(
             tiles,
             tile_rows=tile_rows,
             scale=scale,
+            window=window,
+            sinks=sinks,
             out=out,
         )
     value = reference.paged_attention(

@@ -22,6 +22,8 @@ BUSY_PROGRAMS = 264
 MAX_SPLITS = 32
 #: Columns behind the values of a partial result: its maximum, its sum of weights, two to align.
 EXTRA_COLUMNS = 4
+#: Powers of two are cheaper than powers of e.
+LOG2_E = tl.constexpr(1.4426950408889634)
 
 
 def paged_attention(
@@ -35,6 +37,8 @@ def paged_attention(
     *,
     tile_rows: int,
     scale: float,
+    window: Array | None,
+    sinks: Array | None,
     out: Buffer | None,
 ) -> Buffer:
     """See :func:`moelora_kernels.paged_attention`."""
@@ -57,13 +61,22 @@ def paged_attention(
     }
     (result,) = launch(
         attend_tiles,
-        (queries, k_cache, v_cache, scalar(layer), block_table, positions, tiles),
+        (
+            queries,
+            k_cache,
+            v_cache,
+            scalar(layer),
+            block_table,
+            positions,
+            tiles,
+            None if window is None else scalar(window),
+            sinks,
+        ),
         [final if splits == 1 else partial],
         refs if splits == 1 else None,
         Launch((num_tiles, kv_heads, splits), num_warps=8 if block_m >= 128 else 4, num_stages=3),
         **shared,
-        # Powers of two are cheaper than powers of e.
-        SCALE=scale * 1.4426950408889634,
+        SCALE=scale,
         TOKENS=tokens,
         KV_HEADS=kv_heads,
         TILE_ROWS=tile_rows,
@@ -76,7 +89,9 @@ def paged_attention(
     )
     if splits > 1:
         how = Launch((tokens, heads), num_warps=4)
-        (result,) = launch(join_splits, (result,), [final], refs, how, TOKENS=tokens, **shared)
+        (result,) = launch(
+            join_splits, (result, sinks), [final], refs, how, TOKENS=tokens, **shared
+        )
     return result
 
 
@@ -89,6 +104,8 @@ def attend_tiles(
     table_ptr,
     position_ptr,
     tiles_ptr,
+    window_ptr,
+    sinks_ptr,
     out_ptr,
     HEADS: tl.constexpr,
     HEAD_DIM: tl.constexpr,
@@ -125,14 +142,18 @@ def attend_tiles(
         )
         position = tl.load(position_ptr + token)
         context = tl.max(position, 0) + 1
-        part = tl.cdiv(tl.cdiv(context, BLOCK_N), SPLITS) * BLOCK_N
-        stop = tl.minimum(context, (split + 1) * part)
+        oldest = 0
+        if window_ptr is not None:
+            window = tl.load(window_ptr)
+            oldest = tl.maximum(tl.min(position, 0) - window + 1, 0)
+        part = tl.cdiv(tl.cdiv(context - oldest, BLOCK_N), SPLITS) * BLOCK_N
+        stop = tl.minimum(context, oldest + (split + 1) * part)
         layer_row = tl.load(layer_ptr).to(tl.int64) * NUM_BLOCKS
 
         maximum = tl.full([BLOCK_M], float("-inf"), tl.float32)
         weights_sum = tl.zeros([BLOCK_M], tl.float32)
         total = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
-        for start in range(split * part, stop, BLOCK_N):
+        for start in range(oldest + split * part, stop, BLOCK_N):
             place = start + tl.arange(0, BLOCK_N)
             exists = place < stop
             block = tl.load(
@@ -151,8 +172,10 @@ def attend_tiles(
                 mask=exists[:, None] & (column < HEAD_DIM)[None, :],
                 other=0.0,
             )
-            score = tl.dot(query, key, input_precision=PRECISION) * SCALE
+            score = tl.dot(query, key, input_precision=PRECISION) * (SCALE * LOG2_E)
             visible = exists[None, :] & (place[None, :] <= position[:, None])
+            if window_ptr is not None:
+                visible = visible & (place[None, :] > position[:, None] - window)
             score = tl.where(visible, score, float("-inf"))
             new_maximum = tl.maximum(maximum, tl.max(score, 1))
             # Rows that have seen nothing yet keep zeros instead of NaN.
@@ -167,6 +190,9 @@ def attend_tiles(
         out_row = (split * TOKENS + token).to(tl.int64) * HEADS + head
         stored = inside[:, None] & (column < HEAD_DIM)[None, :]
         if SPLITS == 1:
+            if sinks_ptr is not None:
+                sink = tl.load(sinks_ptr + head).to(tl.float32) * LOG2_E
+                weights_sum += tl.exp2(sink - maximum)
             total = total / weights_sum[:, None]
             out_ptrs = out_ptr + (out_row * HEAD_DIM)[:, None] + column[None, :]
             tl.store(out_ptrs, total.to(out_ptr.dtype.element_ty), mask=stored)
@@ -180,6 +206,7 @@ def attend_tiles(
 @triton.jit
 def join_splits(
     partial_ptr,
+    sinks_ptr,
     out_ptr,
     HEADS: tl.constexpr,
     HEAD_DIM: tl.constexpr,
@@ -202,6 +229,9 @@ def join_splits(
         weight = tl.exp2(tl.load(part_ptr + HEAD_DIM) - maximum)
         weights_sum += weight * tl.load(part_ptr + HEAD_DIM + 1)
         total += weight * tl.load(part_ptr + column, mask=column < HEAD_DIM, other=0.0)
+    if sinks_ptr is not None:
+        sink = tl.load(sinks_ptr + tl.program_id(1)).to(tl.float32) * LOG2_E
+        weights_sum += tl.exp2(sink - maximum)
     total = total / weights_sum
     out_ptrs = out_ptr + row * HEAD_DIM + column
     tl.store(out_ptrs, total.to(out_ptr.dtype.element_ty), mask=column < HEAD_DIM)

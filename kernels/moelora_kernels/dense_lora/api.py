@@ -42,7 +42,8 @@ def dense_lora(
     if choose(implementation) == "triton":
         from moelora_kernels.dense_lora import triton
 
-        shrink_tiles, tiles = dense_tiles(x.shape[0], x.dtype)
+        tokens, width = x.shape
+        shrink_tiles, tiles = dense_tiles(tokens, width, x.dtype)
         return triton.dense_lora(
             x,
             y,

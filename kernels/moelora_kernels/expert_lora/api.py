@@ -21,7 +21,7 @@ from jaxtyping import Float, Int32
 from moelora_kernels.backend import Implementation, choose
 from moelora_kernels.buffers import read, result
 from moelora_kernels.expert_lora import reference
-from moelora_kernels.tuning.tiles import GemmTiles, MoeTiles, ShrinkTiles, float32_rule, rule
+from moelora_kernels.tuning.tiles import GemmTiles, ShrinkTiles, gemm_rule, shrink_rule
 from moelora_kernels.types import Buffer, SitePages, TokenSort
 
 Activation = Literal["silu", "clamped_swiglu"]
@@ -72,7 +72,7 @@ def shrink(
             layer,
             pairs=pairs,
             top_k=top_k,
-            tiles=tiles or _rule(x, pairs / experts).gate_up_shrink,
+            tiles=tiles or shrink_rule(pairs / experts, x.shape[1], x.dtype),
             out=out,
         )
     rows = read(x, pairs) if top_k is None else reference.gather_rows(x, sort, pairs, top_k)
@@ -133,7 +133,7 @@ def gate_up(
             activation=activation,
             rank_activations=rank_activations,
             sites=sites,
-            tiles=tiles or _rule(x, pairs / weight.shape[1]).gate_up,
+            tiles=tiles or gemm_rule(pairs / weight.shape[1], x.dtype)[1],
             out=out,
         )
     rows = reference.gather_rows(x, sort, pairs, top_k)
@@ -196,7 +196,7 @@ def down(
             rank_activations=rank_activations,
             site=site,
             dtype=dtype,
-            tiles=tiles or _rule(hidden, pairs / weight.shape[1]).down,
+            tiles=tiles or gemm_rule(pairs / weight.shape[1], hidden.dtype)[2],
             out=out,
         )
     ranks = None if rank_activations is None else read(rank_activations)[:, :pairs]
@@ -208,7 +208,3 @@ def down(
 def _require_together(rank_activations: Buffer | None, pages: object | None) -> None:
     if (rank_activations is None) != (pages is None):
         raise ValueError("rank activations and pages must be given together")
-
-
-def _rule(x: Buffer, rows_per_expert: float) -> MoeTiles:
-    return float32_rule(rows_per_expert) if x.dtype == jnp.float32 else rule(rows_per_expert)

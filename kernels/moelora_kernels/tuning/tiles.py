@@ -93,51 +93,54 @@ def moe_tiles(
     The table is asked for this layer shape and the nearest token count at or below ``tokens``, or
     the smallest that it has.
     """
+    rows = tokens * top_k / num_experts
+    if jnp.dtype(dtype) != jnp.float32:
+        shape = f"{num_experts}x{top_k}x{hidden}x{intermediate}"
+        measured = _table(jax.devices()[0].device_kind).get(shape)
+        if measured:
+            counts = sorted(map(int, measured))
+            nearest = max((count for count in counts if count <= tokens), default=counts[0])
+            return MoeTiles.from_json(measured[str(nearest)])
+    tile_rows, gate_up, down = gemm_rule(rows, dtype)
+    return MoeTiles(
+        tile_rows,
+        gate_up,
+        down,
+        gate_up_shrink=shrink_rule(rows, hidden, dtype),
+        down_shrink=shrink_rule(rows, intermediate, dtype),
+    )
+
+
+def gemm_rule(rows_per_expert: float, dtype: DTypeLike) -> tuple[int, GemmTiles, GemmTiles]:
+    """Tile rows, and tiles of gate_up and down, by the mean rows of an expert."""
     if jnp.dtype(dtype) == jnp.float32:
-        return float32_rule(tokens * top_k / num_experts)
-    shape = f"{num_experts}x{top_k}x{hidden}x{intermediate}"
-    measured = _table(jax.devices()[0].device_kind).get(shape)
-    if measured:
-        counts = sorted(map(int, measured))
-        nearest = max((count for count in counts if count <= tokens), default=counts[0])
-        return MoeTiles.from_json(measured[str(nearest)])
-    return rule(tokens * top_k / num_experts)
-
-
-def rule(rows_per_expert: float) -> MoeTiles:
-    """What suits 16-bit layers of any shape, by the mean rows of an expert."""
+        # Products of float32 run on the ordinary units, from smaller tiles.
+        tiles = GemmTiles(block_n=32, block_k=32, num_warps=4, num_stages=2)
+        return 16 if rows_per_expert <= 16 else 32, tiles, tiles
     if rows_per_expert <= 16:
-        gemm = GemmTiles(block_n=32, block_k=256, num_warps=4, num_stages=3)
-        down = GemmTiles(block_n=64, block_k=128, num_warps=4, num_stages=4)
-        shrink = ShrinkTiles(block_k=512, num_warps=4, num_stages=1)
-        return MoeTiles(16, gemm, down, shrink, shrink)
-    runs = ShrinkTiles(block_k=256, num_warps=2, num_stages=4, run_rows=16, slots=4)
+        # Weights are read once, so only loads in flight count: three programs fit on a processor.
+        stack = 4 if rows_per_expert <= 4 else 8
+        return 16, GemmTiles(64, 128, 4, 3, stack), GemmTiles(128, 128, 4, 3, stack)
     if rows_per_expert <= 48:
-        gemm = GemmTiles(block_n=64, block_k=128, num_warps=4, num_stages=3)
-        down = GemmTiles(block_n=128, block_k=64, num_warps=4, num_stages=4)
-        return MoeTiles(32, gemm, down, runs, runs)
-    if rows_per_expert <= 384:
-        gemm = GemmTiles(block_n=128, block_k=64, num_warps=8, num_stages=3)
-        down = GemmTiles(block_n=256, block_k=64, num_warps=8, num_stages=3)
-        return MoeTiles(64, gemm, down, runs, runs)
-    gemm = GemmTiles(block_n=128, block_k=64, num_warps=8, num_stages=3)
-    down = GemmTiles(block_n=256, block_k=64, num_warps=8, num_stages=3)
-    return MoeTiles(128, gemm, down, runs, runs)
+        return 32, GemmTiles(64, 64, 4, 4, stack=8), GemmTiles(128, 64, 4, 4, stack=8)
+    tile_rows = 64 if rows_per_expert <= 96 else 128
+    return tile_rows, GemmTiles(128, 64, 8, 4, stack=8), GemmTiles(256, 64, 8, 4, stack=8)
 
 
-def float32_rule(rows_per_expert: float) -> MoeTiles:
-    """float32 products run on the ordinary units, from smaller tiles."""
-    gemm = GemmTiles(block_n=32, block_k=32, num_warps=4, num_stages=2)
-    shrink = ShrinkTiles(block_k=256, num_warps=4, num_stages=1)
-    return MoeTiles(16 if rows_per_expert <= 16 else 32, gemm, gemm, shrink, shrink)
+def shrink_rule(rows_per_expert: float, width: int, dtype: DTypeLike) -> ShrinkTiles:
+    """Tiles of a shrink whose input has ``width`` columns."""
+    if rows_per_expert > 12 and jnp.dtype(dtype) != jnp.float32:
+        slots = 8 if rows_per_expert < 128 else 4
+        return ShrinkTiles(block_k=256, num_warps=2, num_stages=3, run_rows=16, slots=slots)
+    # Few programs: the wider the input, the more each must have in flight.
+    block_k = 256 if width < 2048 else 512 if width < 4096 else 1024 if width < 8192 else 2048
+    return ShrinkTiles(block_k, num_warps=max(4, block_k // 128), num_stages=1)
 
 
-def dense_tiles(tokens: int, dtype: DTypeLike) -> tuple[ShrinkTiles, GemmTiles]:
-    """Tiles of the shrink and of the expand of a dense linear layer."""
-    if tokens <= 64 or jnp.dtype(dtype) == jnp.float32:
-        shrink = ShrinkTiles(block_k=512, num_warps=4, num_stages=1)
-    else:
-        shrink = ShrinkTiles(256, num_warps=2, num_stages=4, run_rows=16, slots=4)
+def dense_tiles(tokens: int, width: int, dtype: DTypeLike) -> tuple[ShrinkTiles, GemmTiles]:
+    """Tiles of the shrink, whose input has ``width`` columns, and of the expand."""
+    # A dense layer has few rows of each adapter at a time, as an expert with them has.
+    shrink = shrink_rule(tokens / 8, width, dtype)
     return shrink, GemmTiles(block_n=128, block_k=64, num_warps=4, num_stages=1)
 
 
