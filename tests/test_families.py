@@ -265,6 +265,7 @@ def save_by_peft(model: Any, folder: Path) -> None:
 class Loaded(NamedTuple):
     """A model with three adapters, and what makes the same of each in PyTorch."""
 
+    folder: Path
     llm: LLM
     torch_models: dict[str | None, Any]
 
@@ -290,7 +291,7 @@ def loaded(architecture: str, tmp_path_factory: pytest.TempPathFactory) -> Loade
     for name in torch_models:
         if name is not None:
             llm.load_adapter(name, folder / name)
-    return Loaded(llm, torch_models)
+    return Loaded(folder / "base", llm, torch_models)
 
 
 def test_logits_of_a_mixed_batch_equal_transformers(loaded: Loaded) -> None:
@@ -331,6 +332,25 @@ def test_generated_tokens_equal_transformers(loaded: Loaded) -> None:
         best = torch.topk(logits, 2).values
         assert (best[:, 0] - best[:, 1] > TOLERANCE).all(), "a tie: choose another seed"
         assert list(completion.tokens) == logits.argmax(-1).tolist()
+
+
+def test_bfloat16_log_probabilities_are_near_those_in_float32(loaded: Loaded) -> None:
+    torch = pytest.importorskip("torch")
+    llm = LLM.load(loaded.folder, runtime=RUNTIME, dtype=jnp.bfloat16)
+    rng = np.random.default_rng(4)
+    prompts = [Prompt(rng.integers(0, 97, 30).tolist()) for _ in range(4)]
+    differences = []
+    for prompt, logits in zip(prompts, llm.score(prompts), strict=True):
+        with torch.no_grad():
+            expected = loaded.torch_models[None](torch.tensor([prompt.tokens])).logits[0]
+        ours, theirs = (
+            torch.log_softmax(values, -1)[range(29), prompt.tokens[1:]]
+            for values in (torch.from_numpy(logits[:-1]), expected[:-1])
+        )
+        differences.append((ours - theirs).numpy())
+    # Bfloat16 has 8 bits, so probabilities are off by some percent. The median, because in a random
+    # model rounding makes a few tokens choose another expert; PyTorch's own bfloat16 does the same.
+    assert np.median(np.abs(differences)) <= 0.03
 
 
 def test_configs_of_transformers_4_and_5_are_read_alike(architecture: str) -> None:

@@ -51,7 +51,9 @@ def read_model_config(raw: Mapping[str, Any]) -> ModelConfig:
         "rope_parameters" if "rope_scaling" not in values else "rope_scaling",
     )
     refuse_other(values, hidden_act="silu", swiglu_alpha=1.702, swiglu_limit=7.0)
-    refuse_other(values.get("quantization_config", {}), quant_method="mxfp4")
+    if "quantization_config" in values:
+        require(values["quantization_config"], "quant_method")
+        refuse_other(values["quantization_config"], quant_method="mxfp4")
     layer_types = values["layer_types"]
     if len(layer_types) != values["num_hidden_layers"] or set(layer_types) - {_SLIDING, _FULL}:
         raise CheckpointError(
