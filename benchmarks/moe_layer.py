@@ -10,7 +10,6 @@ have the device to themselves while they measure.
 """
 
 import argparse
-import fcntl
 import json
 import os
 import statistics
@@ -20,7 +19,6 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -29,6 +27,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from benchmarks.device import Device
 from benchmarks.workload import MODELS, Point, Workload, anchor_of, anchors, auto_adapters
 from moelora_jax.moe import MoeWorkspace, moe_experts, moe_lora
 from moelora_kernels import backend
@@ -118,7 +117,7 @@ def relative_error(work: Workload, out: np.ndarray, lora: bool, tokens: int = 2)
 
 
 def measure(
-    point: Point, layers: int, device: "Device", budget_s: float, router: bool
+    point: Point, layers: int, device: Device, budget_s: float, router: bool
 ) -> dict[str, Any]:
     """One point: base time, LoRA time, error, roofline."""
     work = Workload(point, layers)
@@ -214,27 +213,6 @@ def format_row(row: dict[str, Any]) -> str:
     if "lora_and_router" in row:
         parts.append(f"with router {row['lora_and_router']['us']:.1f}")
     return "  ".join(parts)
-
-
-class Device:
-    """Keeps processes that share a device from disturbing each other's measurements."""
-
-    def __init__(self, lock: str) -> None:
-        self.lock = lock
-
-    @contextmanager
-    def _hold(self, kind: int) -> Iterator[None]:
-        with open(self.lock, "w") as file:
-            fcntl.flock(file, kind)
-            yield
-
-    def shared(self) -> AbstractContextManager[None]:
-        """For work on the device that is not measured."""
-        return self._hold(fcntl.LOCK_SH)
-
-    def alone(self) -> AbstractContextManager[None]:
-        """For measurements."""
-        return self._hold(fcntl.LOCK_EX)
 
 
 def main() -> None:

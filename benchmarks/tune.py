@@ -8,7 +8,6 @@ that it has are skipped, so an interrupted run can be continued.
 """
 
 import argparse
-import fcntl
 import itertools
 import json
 import os
@@ -17,7 +16,6 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -28,12 +26,14 @@ import jax
 import jax.numpy as jnp
 
 import moelora_kernels
+from benchmarks.device import Device
 from benchmarks.workload import MODELS, Point, Workload, auto_adapters
 from moelora_kernels import backend, down, gate_up, shrink, sort_tokens
 from moelora_kernels.tuning.tiles import GemmTiles, MoeTiles, ShrinkTiles
 
 FOLDER = Path(moelora_kernels.__file__).parent / "tuning"
-LAYERS, CALLS = 2, 2
+#: Layers in memory, so that no candidate finds the weights of the one before in the cache.
+LAYERS = 2
 #: Bytes of shared memory that one program may use, less what the compiler adds.
 SHARED_MEMORY = 220 * 1024
 
@@ -91,7 +91,9 @@ def shrink_candidates(rows_per_expert: float) -> list[ShrinkTiles]:
     return rows + runs if rows_per_expert < 16 else runs
 
 
-def measure_height(work: Workload, tile_rows: int) -> dict[str, list[tuple[float, Any]]]:
+def measure_height(
+    work: Workload, tile_rows: int, device: Device
+) -> dict[str, list[tuple[float, Any]]]:
     """Microseconds with LoRA, plus those of the base model, and tiles of every candidate."""
     point, config = work.point, work.point.config
     pairs, rows = point.tokens * config.top_k, point.tokens * config.top_k / config.num_experts
@@ -110,7 +112,6 @@ def measure_height(work: Workload, tile_rows: int) -> dict[str, list[tuple[float
         for lora in ((True,) if op.endswith("shrink") else (True, False))
         if lora or tiles.stack == group[0].stack
     ]
-    gate, up, last = work.pages
 
     def program(state: Any, x: Any, params: Any, pages: Any, experts: Any, adapters: Any) -> Any:
         refs = jax.tree.map(jax.new_ref, state)
@@ -145,17 +146,17 @@ def measure_height(work: Workload, tile_rows: int) -> dict[str, list[tuple[float
                          site=last if lora else None, tiles=tiles, out=refs.expert_out)  # fmt: skip
         return jax.tree.map(jax.freeze, refs)
 
-    compiled = jax.jit(program, donate_argnums=0)
-    arguments = (
-        work.x,
-        work.params,
-        (gate, up, last),
-        work.batches[0].experts,
-        jnp.asarray(work.adapter_of_token),
-    )
-    state = work.workspace(lora=True)
-    compiled = compiled.lower(state, *arguments).compile()
-    with turn():
+    with device.shared():
+        arguments = (
+            work.x,
+            work.params,
+            tuple(work.pages),
+            work.batches[0].experts,
+            jnp.asarray(work.adapter_of_token),
+        )
+        state = jax.block_until_ready(work.workspace(lora=True))
+    compiled = jax.jit(program, donate_argnums=0).lower(state, *arguments).compile()
+    with device.alone():
         state = jax.block_until_ready(compiled(state, *arguments))
         durations = trace(lambda: jax.block_until_ready(compiled(state, *arguments)))
     kernels = [us for name, us in durations if name.startswith(("shrink_", "gate_up", "down_"))]
@@ -194,18 +195,6 @@ def trace(run: Any) -> list[tuple[str, float]]:
     return [(name, us) for _, name, us in sorted(events)]
 
 
-@contextmanager
-def turn() -> Iterator[None]:
-    """One process at a time uses the device for timing."""
-    path = os.environ.get("TUNE_LOCK")
-    if path is None:
-        yield
-        return
-    with open(path, "w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield
-
-
 def shape_of(point: Point) -> str:
     """The table's name of a layer."""
     config = point.config
@@ -213,14 +202,14 @@ def shape_of(point: Point) -> str:
     return "x".join(map(str, sizes))
 
 
-def tune_point(point: Point) -> dict[str, Any]:
+def tune_point(point: Point, device: Device) -> dict[str, Any]:
     """The best tiles of one point, and what was measured."""
     work = Workload(point, LAYERS)
     rows = point.tokens * point.config.top_k / point.config.num_experts
     best: tuple[float, Any] = (float("inf"), None)
     report: dict[str, Any] = {}
     for tile_rows in tile_heights(rows):
-        results = measure_height(work, tile_rows)
+        results = measure_height(work, tile_rows, device)
         chosen = {
             op: min(found, key=lambda result: result[0] + result[1])
             for op, found in results.items()
@@ -252,7 +241,7 @@ def main() -> None:
     parser.add_argument("--table", type=Path, help="instead of the one that ships")
     parser.add_argument("--report", type=Path, help="JSON of all that was measured")
     parser.add_argument("--again", action="store_true", help="also points that the table has")
-    parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--worker", help=argparse.SUPPRESS)
     options = parser.parse_args()
     points = [
         Point(model, tokens, adapters=auto_adapters(tokens))
@@ -262,7 +251,7 @@ def main() -> None:
     if options.worker:
         for point in points:
             try:
-                print("ROW " + json.dumps(tune_point(point)), flush=True)
+                print("ROW " + json.dumps(tune_point(point, Device(options.worker))), flush=True)
             except Exception as error:
                 print(f"FAILED {point.model} {point.tokens}: {error!r}"[:1000], flush=True)
         return
@@ -287,12 +276,12 @@ def main() -> None:
 
 def run_workers(points: Sequence[Point], workers: int, lock: str) -> Iterator[dict[str, Any]]:
     """A process for every point, ``workers`` at a time."""
-    environment = {**os.environ, "XLA_PYTHON_CLIENT_PREALLOCATE": "false", "TUNE_LOCK": lock}
+    environment = {**os.environ, "XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
     waiting, running = list(points), []
     while waiting or running:
         while waiting and len(running) < workers:
             point = waiting.pop(0)
-            command = [sys.executable, "-m", "benchmarks.tune", "--worker"]
+            command = [sys.executable, "-m", "benchmarks.tune", "--worker", lock]
             command += ["--model", point.model, "--tokens", str(point.tokens)]
             running.append(
                 subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment)

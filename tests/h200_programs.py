@@ -28,6 +28,7 @@ from moelora_jax.config import Bucket, ModelConfig, MoeConfig  # noqa: E402
 from moelora_jax.engine.runner import Runner  # noqa: E402
 from moelora_jax.models import FAMILIES  # noqa: E402
 from moelora_jax.workspace import num_bytes  # noqa: E402
+from tests.tiny_llm import tiny_llm  # noqa: E402
 
 MODEL = ModelConfig(
     architecture="Qwen3MoeForCausalLM",
@@ -76,8 +77,14 @@ def main() -> None:
     model = family.module(MODEL, dtype=jnp.bfloat16, rngs=nnx.Rngs(0))
     runner = Runner(model, MODEL, RUNTIME, jnp.bfloat16)
     report = {}
-    for kind, bucket, lora in PROGRAMS:
-        key = ProgramKey(kind, bucket, lora)
+    # The model of the other tests, too: float32, and no dimension divides another.
+    tiny = tiny_llm().runner
+    programs = [
+        (f"{kind} {'lora' if lora else 'base'}", runner, ProgramKey(kind, bucket, lora))
+        for kind, bucket, lora in PROGRAMS
+    ]
+    programs.append(("tiny lora", tiny, ProgramKey("decode", Bucket(4, 4), True)))
+    for name, runner, key in programs:
         before = set(Path(DUMP.name).iterdir())
         program = compile_for_h200(
             runner._step_function(key), *runner._arguments(key), donate_argnums=0
@@ -88,7 +95,7 @@ def main() -> None:
             if path.name.endswith("jit_step.thunk_sequence_after_thunk_passes.txt")
         )
         memory = program.memory_analysis()
-        report[f"{kind} {'lora' if lora else 'base'}"] = {
+        report[name] = {
             "donated_bytes": num_bytes(runner.state),
             "aliased_bytes": memory.alias_size_in_bytes,
             "new_output_bytes": memory.output_size_in_bytes - memory.alias_size_in_bytes,

@@ -32,7 +32,7 @@ def programs() -> dict[str, dict[str, Any]]:
     return json.loads(done.stdout.splitlines()[-1])
 
 
-PROGRAMS = ["decode lora", "decode base", "prefill lora"]
+PROGRAMS = ["decode lora", "decode base", "prefill lora", "tiny lora"]
 
 
 @pytest.mark.parametrize("name", PROGRAMS)

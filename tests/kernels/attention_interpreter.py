@@ -5,10 +5,10 @@ import itertools
 import jax
 import jax.numpy as jnp
 import numpy as np
-from triton_interpreter import interpret
 
 from moelora_kernels import paged_attention, query_tiles
 from moelora_kernels.attention import triton
+from tests.kernels.triton_interpreter import interpret
 
 SEQUENCES, BLOCKS, BLOCK_SIZE, KV_HEADS, HEADS, HEAD_DIM = 3, 6, 16, 2, 6, 20
 #: Rows of a tile, and of each sequence the cached positions and the new tokens.

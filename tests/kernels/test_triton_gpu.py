@@ -1,9 +1,5 @@
 """The Triton kernels on a GPU, against oracles in float64 and the reference."""
 
-import importlib.util
-import sys
-from pathlib import Path
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -12,13 +8,7 @@ import pytest
 from moelora_jax.config import MoeConfig
 from moelora_jax.moe import MoeParams, moe_experts, moe_workspace_shapes
 from moelora_kernels import dense_lora, route, sort_tokens, token_sort_shapes
-
-# Helpers lie beside this file, and tests are imported by path.
-_spec = importlib.util.spec_from_file_location("cases", Path(__file__).with_name("cases.py"))
-assert _spec is not None and _spec.loader is not None
-cases = sys.modules.setdefault("cases", importlib.util.module_from_spec(_spec))
-if not hasattr(cases, "LayerCase"):
-    _spec.loader.exec_module(cases)
+from tests.kernels import cases
 
 pytestmark = pytest.mark.gpu
 

@@ -13,15 +13,16 @@ import pytest
     not (importlib.util.find_spec("triton") and importlib.util.find_spec("torch")),
     reason="Triton's interpreter needs triton and torch",
 )
-def test_triton_kernels_under_the_interpreter() -> None:
-    here = Path(__file__).parent
-    roots = (here.parent.parent, here.parent.parent / "kernels", here)
+@pytest.mark.parametrize("script", ["triton_interpreter", "attention_interpreter"])
+def test_triton_kernels_under_the_interpreter(script: str) -> None:
+    root = Path(__file__).parent.parent.parent
     environment = os.environ | {
         "TRITON_INTERPRET": "1",
-        "PYTHONPATH": os.pathsep.join(map(str, roots)),
+        "PYTHONPATH": os.pathsep.join([str(root), str(root / "kernels")]),
     }
     result = subprocess.run(
-        [sys.executable, str(here / "triton_interpreter.py")],
+        [sys.executable, "-m", f"tests.kernels.{script}"],
+        cwd=root,
         env=environment,
         capture_output=True,
         text=True,

@@ -10,12 +10,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import torch
-from cases import LayerCase, LayerSpec, Shape, relative_error
 
 from moelora_jax.config import MoeConfig
 from moelora_jax.moe import MoeParams, moe_experts
 from moelora_kernels import route, sort_tokens
 from moelora_kernels.tuning.tiles import GemmTiles, MoeTiles, ShrinkTiles
+from tests.kernels.cases import LayerCase, LayerSpec, Shape, relative_error
 
 
 def to_torch(value: Any) -> Any:

@@ -55,7 +55,8 @@ def paged_attention(
     shared = {
         "HEADS": heads,
         "HEAD_DIM": head_dim,
-        "BLOCK_D": triton.next_power_of_2(head_dim),
+        # The least that a product of tiles takes.
+        "BLOCK_D": max(triton.next_power_of_2(head_dim), 16),
         "SPLITS": splits,
         "EXTRA_COLUMNS": EXTRA_COLUMNS,
     }

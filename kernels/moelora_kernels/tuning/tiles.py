@@ -6,13 +6,23 @@ row of the base model is summed in the same order in both programs.
 
 import functools
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from importlib import resources
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
+
+#: Bytes of shared memory that one program can have, by compute capability.
+SHARED_MEMORY = {
+    "8.0": 163 * 1024,
+    "8.6": 99 * 1024,
+    "8.9": 99 * 1024,
+    "9.0": 227 * 1024,
+    "10.0": 227 * 1024,
+    "12.0": 99 * 1024,
+}
 
 
 @dataclass(frozen=True)
@@ -120,11 +130,23 @@ def gemm_rule(rows_per_expert: float, dtype: DTypeLike) -> tuple[int, GemmTiles,
     if rows_per_expert <= 16:
         # Weights are read once, so only loads in flight count: three programs fit on a processor.
         stack = 4 if rows_per_expert <= 4 else 8
-        return 16, GemmTiles(64, 128, 4, 3, stack), GemmTiles(128, 128, 4, 3, stack)
-    if rows_per_expert <= 48:
-        return 32, GemmTiles(64, 64, 4, 4, stack=8), GemmTiles(128, 64, 4, 4, stack=8)
-    tile_rows = 64 if rows_per_expert <= 96 else 128
-    return tile_rows, GemmTiles(128, 64, 8, 4, stack=8), GemmTiles(256, 64, 8, 4, stack=8)
+        tile_rows, gate_up = 16, GemmTiles(64, 128, 4, 3, stack)
+        down = GemmTiles(128, 128, 4, 3, stack)
+    elif rows_per_expert <= 48:
+        tile_rows, gate_up = 32, GemmTiles(64, 64, 4, 4, stack=8)
+        down = GemmTiles(128, 64, 4, 4, stack=8)
+    else:
+        tile_rows = 64 if rows_per_expert <= 96 else 128
+        gate_up, down = GemmTiles(128, 64, 8, 4, stack=8), GemmTiles(256, 64, 8, 4, stack=8)
+    return tile_rows, _fit(gate_up, tile_rows, 2), _fit(down, tile_rows, 1)
+
+
+def _fit(tiles: GemmTiles, tile_rows: int, matrices: int) -> GemmTiles:
+    """The tiles with as many stages as the shared memory of the GPU holds, at 16 bits a number."""
+    capability = getattr(jax.devices()[0], "compute_capability", "9.0")
+    stage = 2 * tiles.block_k * (tile_rows + matrices * tiles.block_n)
+    stages = SHARED_MEMORY.get(capability, min(SHARED_MEMORY.values())) // stage
+    return replace(tiles, num_stages=max(1, min(tiles.num_stages, stages)))
 
 
 def shrink_rule(rows_per_expert: float, width: int, dtype: DTypeLike) -> ShrinkTiles:
