@@ -44,6 +44,18 @@ class SiteTable[ArrayT: (np.ndarray, jax.Array)]:
     scaling: ArrayT
 
 
+class DevicePages(NamedTuple):
+    """All device arrays of a pool, each once: what a program is called with.
+
+    Attributes:
+        pools: for every width, ``[pages, 16, width]``.
+        tables: for every site, page table and scaling of all slots, as in :class:`SiteTable`.
+    """
+
+    pools: dict[int, jax.Array]
+    tables: dict[str, tuple[jax.Array, jax.Array]]
+
+
 @dataclass(frozen=True, eq=False)
 class PackedAdapter:
     """An adapter as pages in host memory, ready to be copied into the pool that packed it.
@@ -249,17 +261,26 @@ class PagePool:
             self._write_chunk(width, np.empty(0, np.int32), nothing)
         self._write_table(0, self._table_of_slot(0))
 
-    def device_state(self) -> dict[str, SitePages]:
-        """The current device arrays by site name, for the jitted step; the next write ends them."""
+    def device_pages(self) -> DevicePages:
+        """The current device arrays, each once, for a jitted program; the next write ends them."""
+        tables = {name: (t.pages, t.scaling) for name, t in self._device_tables.items()}
+        return DevicePages(self.pools, tables)
+
+    def by_site(self, pages: DevicePages) -> dict[str, SitePages]:
+        """The arrays of :meth:`device_pages` as kernels take them; also inside a program."""
         return {
             site.name: SitePages(
-                a_pool=self.pools[site.in_features],
-                b_pool=self.pools[site.out_features],
-                table=self._device_tables[site.name].pages,
-                scaling=self._device_tables[site.name].scaling,
+                a_pool=pages.pools[site.in_features],
+                b_pool=pages.pools[site.out_features],
+                table=pages.tables[site.name][0],
+                scaling=pages.tables[site.name][1],
             )
             for site in self.sites
         }
+
+    def device_state(self) -> dict[str, SitePages]:
+        """The current device arrays by site name; the next write ends them."""
+        return self.by_site(self.device_pages())
 
     def pack(self, adapter: Adapter) -> PackedAdapter:
         """Validates an adapter and lays its factors out as pages, in host memory only.

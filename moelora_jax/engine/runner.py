@@ -85,7 +85,7 @@ class Runner:
             ``[tokens, vocab]`` logits.
         """
         packed = jax.device_put(self.layout(key).pack(batch))
-        pages = self.pool.device_state() if key.lora else None
+        pages = self.pool.device_pages() if key.lora else None
         self.state, out = self.programs[key](self.state, self._params, pages, packed)
         return out
 
@@ -104,18 +104,19 @@ class Runner:
         return {
             "workspaces": addresses(self.state.workspace),
             "kv_cache": addresses(self.state.cache),
-            "adapter_pages": addresses(self.pool.device_state()),
+            "adapter_pages": addresses(self.pool.device_pages()),
         }
 
     def _step_function(self, key: ProgramKey) -> Callable[..., Any]:
-        layout, graph = self.layout(key), self._graph
+        layout, graph, pool = self.layout(key), self._graph, self.pool
 
         def step(
             state: DeviceState, params: Any, pages: Any, packed: Array
         ) -> tuple[DeviceState, Array]:
             opened, batch = open_state(state), layout.unpack(packed)
             model: Any = nnx.merge(graph, params)
-            hidden = model(batch, opened.cache, opened.workspace, pages)
+            by_site = None if pages is None else pool.by_site(pages)
+            hidden = model(batch, opened.cache, opened.workspace, by_site)
             if key.kind == "score":
                 out = model.logits(hidden)
             else:
@@ -134,7 +135,7 @@ class Runner:
     def _arguments(self, key: ProgramKey) -> tuple[Any, ...]:
         shapes = jax.tree.map(
             lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype),
-            (self._params, self.pool.device_state() if key.lora else None),
+            (self._params, self.pool.device_pages() if key.lora else None),
         )
         packed = jax.ShapeDtypeStruct((self.layout(key).size,), jnp.int32)
         return (self._state_shapes, *shapes, packed)
