@@ -173,6 +173,15 @@ class PageAllocator:
         self._free[rows] = True
 
 
+def factors_by_width(sites: Iterable[LoraSite]) -> dict[int, int]:
+    """Factors of each width in an adapter that changes every layer and expert of every site."""
+    factors: dict[int, int] = {}
+    for site in sites:
+        for width in (site.in_features, site.out_features):
+            factors[width] = factors.get(width, 0) + len(site.layers) * site.table_experts
+    return factors
+
+
 def pool_pages(sites: Iterable[LoraSite], lora: LoraConfig) -> dict[int, int]:
     """Pages in the pool of each width.
 
@@ -183,12 +192,7 @@ def pool_pages(sites: Iterable[LoraSite], lora: LoraConfig) -> dict[int, int]:
     pages_per_factor = max(
         lora.max_adapters * pages_of_rank(lora.pool_rank), pages_of_rank(lora.max_rank)
     )
-    total: dict[int, int] = {}
-    for site in sites:
-        for width in (site.in_features, site.out_features):
-            factors = len(site.layers) * site.table_experts
-            total[width] = total.get(width, 0) + factors * pages_per_factor
-    return total
+    return {width: count * pages_per_factor for width, count in factors_by_width(sites).items()}
 
 
 class PagePool:

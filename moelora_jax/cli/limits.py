@@ -3,6 +3,7 @@
 from collections.abc import Collection, Sequence
 
 from moelora_jax.adapters.adapter import Adapter
+from moelora_jax.adapters.pages import factors_by_width
 from moelora_jax.config import (
     BucketConfig,
     CacheConfig,
@@ -62,7 +63,7 @@ def derive_lora(
     slots = max(1, min(len(adapters), max_adapters or len(adapters)))
     counts = [count_pages(adapter, enabled) for adapter in adapters]
     pages_per_factor = 1
-    for width, factors in _factors(enabled).items():
+    for width, factors in factors_by_width(enabled).items():
         largest = sorted((count.get(width, 0) for count in counts), reverse=True)[:slots]
         pages_per_factor = max(pages_per_factor, -(-sum(largest) // factors))
     return LoraConfig(
@@ -76,7 +77,7 @@ def derive_lora(
 def count_pages(adapter: Adapter, sites: Sequence[LoraSite]) -> dict[int, int]:
     """Pages that an adapter takes in the pool of each width; a shared factor takes them once."""
     site_of_name = {site.name: site for site in sites}
-    counts = dict.fromkeys(_factors(sites), 0)
+    counts = dict.fromkeys(factors_by_width(sites), 0)
     seen: set[tuple[str, int]] = set()
     for target, update in adapter.updates.items():
         site = site_of_name[target.site]
@@ -88,15 +89,6 @@ def count_pages(adapter: Adapter, sites: Sequence[LoraSite]) -> dict[int, int]:
                 seen.add((side, id(factor)))
                 counts[width] += pages_of_rank(update.rank)
     return counts
-
-
-def _factors(sites: Sequence[LoraSite]) -> dict[int, int]:
-    """Factors of each width in an adapter that changes everything."""
-    factors: dict[int, int] = {}
-    for site in sites:
-        for width in (site.in_features, site.out_features):
-            factors[width] = factors.get(width, 0) + len(site.layers) * site.table_experts
-    return factors
 
 
 def _power_of_two(number: int) -> int:

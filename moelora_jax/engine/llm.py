@@ -265,8 +265,9 @@ class LLM:
         return tokens.tolist()
 
     def _check_adapter(self, row: int, name: str | None) -> str | None:
-        registry = self.runner.registry
-        if name is not None and name not in registry:
-            loaded = ", ".join(sorted(registry.names())) or "none"
-            raise RequestError(f"row {row}: adapter {name!r} is not loaded; loaded: {loaded}")
+        if name is not None:
+            try:
+                self.runner.registry.info(name)
+            except RequestError as error:
+                raise RequestError(f"row {row}: {error}") from error
         return name
