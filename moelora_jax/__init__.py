@@ -9,13 +9,16 @@ from moelora_jax.config import (
     MoeConfig,
     RuntimeConfig,
 )
+from moelora_jax.engine.async_engine import AsyncEngine, Stream
 from moelora_jax.engine.llm import LLM, Completion, Prompt
+from moelora_jax.engine.requests import EngineStats, Request, TokenOutput
 from moelora_jax.engine.sampling import Sampling
 from moelora_jax.errors import (
     AdapterError,
     CapacityError,
     CheckpointError,
     MoeLoraError,
+    QueueFullError,
     RequestError,
 )
 from moelora_jax.moe import MoeLoraLayer, MoeParams, moe_experts, moe_lora
@@ -24,11 +27,13 @@ __all__ = [
     "LLM",
     "Adapter",
     "AdapterError",
+    "AsyncEngine",
     "BucketConfig",
     "CacheConfig",
     "CapacityError",
     "CheckpointError",
     "Completion",
+    "EngineStats",
     "LoraConfig",
     "LowRankUpdate",
     "ModelConfig",
@@ -37,10 +42,14 @@ __all__ = [
     "MoeLoraLayer",
     "MoeParams",
     "Prompt",
+    "QueueFullError",
+    "Request",
     "RequestError",
     "RuntimeConfig",
     "Sampling",
+    "Stream",
     "Target",
+    "TokenOutput",
     "moe_experts",
     "moe_lora",
 ]

@@ -19,3 +19,7 @@ class CapacityError(MoeLoraError):
 
 class RequestError(MoeLoraError):
     """A batch cannot be run: empty, unknown adapter, token outside the vocabulary, and so on."""
+
+
+class QueueFullError(MoeLoraError):
+    """Too many requests are waiting; the same request may be accepted later."""

@@ -9,6 +9,9 @@ from jaxtyping import Float, Int32
 
 from moelora_jax.errors import RequestError
 
+#: Most probable tokens whose log-probabilities a request may ask for.
+MAX_LOGPROBS = 20
+
 
 @dataclass(frozen=True)
 class Sampling:

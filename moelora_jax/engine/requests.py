@@ -1,0 +1,118 @@
+"""What goes into the serving engine and what comes out of it: requests, tokens, statistics."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Literal
+
+from moelora_jax.adapters.pages import PoolUsage
+from moelora_jax.engine.sampling import Sampling
+
+#: Why a request ended. ``stop``: it sampled a stop token, which is its last token. ``length``: it
+#: has as many tokens as it asked for. ``cancelled`` and ``timeout`` come with no token.
+FinishReason = Literal["stop", "length", "cancelled", "timeout"]
+
+
+@dataclass(frozen=True)
+class Request:
+    """One prompt to continue.
+
+    Attributes:
+        prompt: token ids, at least one.
+        adapter: name of a loaded adapter, or None for the base model.
+        max_new_tokens: tokens to generate, at most.
+        sampling: how tokens are chosen.
+        stop_tokens: ids that end the request; the stop token is kept.
+        num_logprobs: None for no log-probabilities, 0 for those of the chosen tokens alone, more
+            for so many of the most probable tokens beside them, at most ``MAX_LOGPROBS``.
+        priority: requests of higher priority go first; equal ones take turns by adapter.
+        timeout: seconds from submission after which the request ends, finished or not.
+    """
+
+    prompt: tuple[int, ...]
+    adapter: str | None = None
+    max_new_tokens: int = 16
+    sampling: Sampling = field(default_factory=Sampling)
+    stop_tokens: frozenset[int] = frozenset()
+    num_logprobs: int | None = None
+    priority: int = 0
+    timeout: float | None = None
+
+
+@dataclass(frozen=True)
+class TokenOutput:
+    """One token of a request, or its end.
+
+    Attributes:
+        token: the token id; -1 where the request ended without one (``cancelled``, ``timeout``).
+        logprob: its log-probability under the model, before temperature, top-k and top-p; None
+            unless asked for.
+        top_logprobs: the most probable tokens and their log-probabilities, best first.
+        finish_reason: None but for the last output.
+    """
+
+    token: int
+    logprob: float | None = None
+    top_logprobs: tuple[tuple[int, float], ...] = ()
+    finish_reason: FinishReason | None = None
+
+
+@dataclass(frozen=True)
+class AdapterTraffic:
+    """Counters of one adapter, or of the base model.
+
+    Attributes:
+        requests: submitted.
+        prompt_tokens: of the submitted requests.
+        generated_tokens: delivered.
+    """
+
+    requests: int = 0
+    prompt_tokens: int = 0
+    generated_tokens: int = 0
+
+
+@dataclass(frozen=True)
+class EngineStats:
+    """Counters since the start, and gauges of this moment.
+
+    Attributes:
+        waiting: requests in the queue (gauge).
+        running: requests that hold cache blocks (gauge).
+        submitted: requests accepted.
+        finished: requests ended, by finish reason, and ``error`` for those that failed.
+        prompt_tokens: of all accepted requests.
+        generated_tokens: delivered to streams.
+        by_adapter: the same by adapter name; None is the base model.
+        steps: programs run, by kind.
+        preemptions: sequences that gave up their cache blocks and were computed again.
+        prefix_hits: prompt tokens that were found in the cache instead of being computed.
+        compilations: programs compiled in this process since the engine was started.
+        address_changes: workspaces, caches or pools that moved since the engine was started.
+        unplanned_reads: reads from the device besides the sampled tokens and what was asked for.
+        adapter_loads: adapters loaded, reloads included.
+        adapter_writes: adapters written to the device.
+        adapter_evictions: adapters moved off the device to make room.
+        kv_blocks_used: cache blocks that sequences hold (gauge).
+        kv_blocks_total: cache blocks that there are.
+        pools: how full each page pool is (gauge).
+    """
+
+    waiting: int
+    running: int
+    submitted: int
+    finished: Mapping[str, int]
+    prompt_tokens: int
+    generated_tokens: int
+    by_adapter: Mapping[str | None, AdapterTraffic]
+    steps: Mapping[str, int]
+    preemptions: int
+    prefix_hits: int
+    compilations: int
+    address_changes: int
+    unplanned_reads: int
+    adapter_loads: int
+    adapter_writes: int
+    adapter_evictions: int
+    kv_blocks_used: int
+    kv_blocks_total: int
+    pools: tuple[PoolUsage, ...]
