@@ -13,12 +13,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from moelora_jax.adapters.adapter import Adapter, LowRankUpdate, Target
-from moelora_jax.adapters.module_names import QWEN3_MOE_NAMES
+from moelora_jax.adapters.module_names import QWEN3_MOE_NAMES, ModuleNames
 from moelora_jax.adapters.reader import read_adapter
 from moelora_jax.adapters.writer import Layout, save_adapter
 from moelora_jax.config import ModelConfig
 from moelora_jax.errors import AdapterError
+from moelora_jax.models import FAMILIES
 from tests.adapter_files import ATTENTION, EXPERTS, tiny_model_config, tiny_torch_model
+from tests.test_families import TESTED, raw_config, torch_model
 
 CONFIG = tiny_model_config()
 SQUARE = tiny_model_config(hidden_size=32, intermediate_size=16)  # 2I == H
@@ -57,8 +59,10 @@ def changed(adapter: Adapter, target: Target, **changes: Any) -> Adapter:
     return Adapter("memory", {**adapter.updates, target: update})
 
 
-def reread(folder: Path, config: ModelConfig = CONFIG) -> Adapter:
-    return read_adapter(folder, config.lora_sites(), module_names=QWEN3_MOE_NAMES)
+def reread(
+    folder: Path, config: ModelConfig = CONFIG, names: ModuleNames = QWEN3_MOE_NAMES
+) -> Adapter:
+    return read_adapter(folder, config.lora_sites(), module_names=names)
 
 
 def assert_same(actual: Adapter, expected: Adapter) -> None:
@@ -181,6 +185,23 @@ def test_peft_reads_the_fused_layout(tmp_path: Path, sites: Sequence[str]) -> No
         loaded = peft.PeftModel.from_pretrained(tiny_torch_model(CONFIG), str(tmp_path / "ours"))
     loaded.save_pretrained(str(tmp_path / "theirs"))
     read = reread(tmp_path / "theirs")
+    assert_same(read, adapter)
+    assert read.updates.keys() == adapter.updates.keys()
+
+
+@pytest.mark.parametrize("architecture", TESTED)
+def test_peft_reads_the_fused_layout_of_every_family(tmp_path: Path, architecture: str) -> None:
+    peft = pytest.importorskip("peft")
+    family = FAMILIES[architecture]
+    config = family.read_config(raw_config(architecture))
+    adapter, names = make_adapter(config, rank=3), family.module_names
+    save_adapter(
+        tmp_path / "ours", adapter, config.lora_sites(), layout="peft_fused", module_names=names
+    )
+    model = torch_model(architecture)
+    loaded = peft.PeftModel.from_pretrained(model, str(tmp_path / "ours"))
+    loaded.save_pretrained(str(tmp_path / "theirs"))
+    read = reread(tmp_path / "theirs", config, names)
     assert_same(read, adapter)
     assert read.updates.keys() == adapter.updates.keys()
 

@@ -46,7 +46,8 @@ class ModuleNames:
 
     Attributes:
         linear: path of a linear module inside a layer to the name of its site.
-        experts: paths inside a layer by which adapters may call the routed experts.
+        experts: paths inside a layer by which adapters may call the routed experts; the first one
+            is written for single experts.
         projections: name of an expert projection to the names of the sites that it is made of, in
             the order in which their rows are stored. The first name of a site is the one that is
             written. A projection of no sites is one that the model lacks, though files for all
@@ -54,6 +55,8 @@ class ModuleNames:
         expert_parameters: the projections that are parameters of the whole experts module, in the
             order in which PEFT wraps them: the first one becomes the innermost. It leads into the
             experts, the second out of them.
+        fused_experts: path inside a layer of the module whose parameters they are, as transformers
+            5 calls it.
         layers: names by which adapters may call the list of layers.
         interleaved: whether the rows of a projection of two sites alternate; otherwise those of the
             second follow those of the first.
@@ -65,6 +68,7 @@ class ModuleNames:
     experts: tuple[str, ...]
     projections: Mapping[str, tuple[str, ...]]
     expert_parameters: tuple[str, str]
+    fused_experts: str = "mlp.experts"
     layers: tuple[str, ...] = (
         "model.layers",
         "model.language_model.layers",

@@ -178,7 +178,8 @@ class _Writer:
     def _expert(self, target: Target) -> _Module:
         if target.site not in self.projection_of_site:
             _fail(target, "has no name of its own; write it with layout='peft_fused'")
-        name = f"{self._experts(target.layer)}.{{expert}}.{self.projection_of_site[target.site]}"
+        experts = f"{self._layer(target.layer)}.{self.names.experts[0]}"
+        name = f"{experts}.{{expert}}.{self.projection_of_site[target.site]}"
         return self._matrix(target, name.format(expert=target.expert), name, target.expert)
 
     def _matrix(self, target: Target, tensors: str, name: str, expert: int | None) -> _Module:
@@ -203,7 +204,7 @@ class _Writer:
             for parameter in self.names.expert_parameters
             if (found := self._updates_of_parameter(layer, parameter))
         }
-        experts = self._experts(layer)
+        experts = f"{self._layer(layer)}.{self.names.fused_experts}"
         for parameter, updates in updates_of.items():
             # PEFT wraps the second parameter's layer around the first one's.
             is_inner = len(updates_of) == 2 and parameter == self.names.expert_parameters[0]
@@ -257,9 +258,6 @@ class _Writer:
 
     def _layer(self, layer: int) -> str:
         return f"{self.names.layers[0]}.{layer}"
-
-    def _experts(self, layer: int) -> str:
-        return f"{self._layer(layer)}.{self.names.experts[0]}"
 
 
 def _check_uniform(
@@ -377,7 +375,7 @@ def _targets(
         if module.expert is not None or (everywhere and not module.is_parameter):
             name = module.short_name
         elif everywhere:
-            name = f"{names.experts[0]}.{module.short_name}"
+            name = f"{names.fused_experts}.{module.short_name}"
         else:
             name = module.name
         targets[name] = module.is_parameter
