@@ -16,13 +16,19 @@ BATCHES = ((1, ((0, 1), (90, 1), (33, 1))), (8, ((0, 9), (50, 20), (17, 1))))
 
 
 def check(
-    tile_rows: int, sequences: tuple[tuple[int, int], ...], window: int | None, sinks: bool
+    tile_rows: int,
+    sequences: tuple[tuple[int, int], ...],
+    window: int | None,
+    sinks: bool,
+    value_dim: int = HEAD_DIM,
 ) -> None:
     rng = np.random.default_rng(0)
     # Block 0, which no sequence has, is poison.
-    caches = rng.normal(size=(2, 2, SEQUENCES * BLOCKS + 1, BLOCK_SIZE, KV_HEADS, HEAD_DIM))
-    caches[:, :, 0] = np.nan
-    keys, values = jnp.asarray(caches, jnp.float32)
+    caches = rng.normal(
+        size=(2, SEQUENCES * BLOCKS + 1, BLOCK_SIZE, KV_HEADS, HEAD_DIM + value_dim)
+    )
+    caches[:, 0] = np.nan
+    keys, values = np.split(np.asarray(caches, np.float32), [HEAD_DIM], axis=-1)
     table = 1 + rng.permutation(SEQUENCES * BLOCKS).reshape(SEQUENCES, BLOCKS)
     positions = np.concatenate([np.arange(start, start + new) for start, new in sequences])
     counts = jnp.asarray([new for _, new in sequences], jnp.int32)
@@ -30,8 +36,8 @@ def check(
     expected, actual = (
         paged_attention(
             queries,
-            keys,
-            values,
+            jnp.asarray(keys),
+            jnp.asarray(values),
             jnp.int32(1),
             jnp.asarray(table, jnp.int32),
             jnp.asarray(positions, jnp.int32),
@@ -46,7 +52,7 @@ def check(
     )
     # Float32 rounds values of about 1 by 1e-7, and sums some dozens of them.
     np.testing.assert_allclose(actual, expected, rtol=0, atol=2e-6)
-    print("attention", tile_rows, sequences, window, sinks, flush=True)
+    print("attention", tile_rows, sequences, window, sinks, value_dim, flush=True)
 
 
 def main() -> None:
@@ -54,6 +60,8 @@ def main() -> None:
     for triton.BLOCK_CONTEXT, triton.BUSY_PROGRAMS in ((16, 264), (64, 1)):
         for (tile_rows, sequences), window in itertools.product(BATCHES, (None, 5, 40)):
             check(tile_rows, sequences, window, sinks=window != 5)
+        for (tile_rows, sequences), value_dim in itertools.product(BATCHES, (12, 40)):
+            check(tile_rows, sequences, None, sinks=False, value_dim=value_dim)
 
 
 if __name__ == "__main__":

@@ -634,19 +634,25 @@ class AttentionShape(NamedTuple):
     head_dim: int = 20
     block_size: int = 5
     blocks: int = 4
+    value_dim: int = 20
 
     @property
     def max_length(self) -> int:
         return self.block_size * self.blocks
 
 
-#: Multi-head, grouped and multi-query attention.
+#: Multi-head, grouped and multi-query attention; narrower and wider values than keys.
 PREFILL_SHAPES = (
     AttentionShape(27, 4, 4, 4),
     AttentionShape(27, 4, 4, 2),
     AttentionShape(27, 4, 3, 1),
+    AttentionShape(27, 4, 4, 4, value_dim=12),
 )
-DECODE_SHAPES = (AttentionShape(5, 5, 4, 2), AttentionShape(1, 1, 4, 2))
+DECODE_SHAPES = (
+    AttentionShape(5, 5, 4, 2),
+    AttentionShape(1, 1, 4, 2),
+    AttentionShape(5, 5, 4, 2, value_dim=36),
+)
 
 
 @dataclass(frozen=True)
@@ -697,18 +703,20 @@ class AttentionCase:
 
     Attributes:
         queries: ``[tokens, heads, head_dim]``.
-        new_keys, new_values: of this step's tokens, ``[tokens, kv_heads, head_dim]``.
-        k_cache, v_cache: before this step ``[LAYERS, blocks, block_size, kv_heads, head_dim]``, NaN
-            but for earlier positions. A sequence's blocks are scattered over the cache.
+        new_keys, new_values: of this step's tokens, ``[tokens, kv_heads, head_dim]`` and
+            ``[tokens, kv_heads, value_dim]``.
+        k_cache, v_cache: before this step ``[LAYERS, blocks, block_size, kv_heads, head_dim]`` and
+            the same with ``value_dim``, NaN but for earlier positions. A sequence's blocks are
+            scattered over the cache.
         block_table: ``[sequences, blocks]``; a random block past a sequence's length.
         block_of_token, offset_of_token: where each new key and value goes; block 0 for padding.
         positions: of each token in its sequence.
-        expected: ``[tokens, heads, head_dim]``; NaN for padding.
+        expected: ``[tokens, heads, value_dim]``; NaN for padding.
     """
 
     def __init__(self, spec: AttentionSpec) -> None:
         self.spec, self.shape, self.dtype = spec, spec.shape, spec.dtype
-        tokens, sequences, heads, kv_heads, head_dim, block_size, blocks = spec.shape
+        tokens, sequences, heads, kv_heads, head_dim, block_size, blocks, value_dim = spec.shape
         rng = np.random.default_rng(spec.seed)
         total_blocks = sequences * blocks + 3
         free = iter(rng.permutation(np.arange(1, total_blocks)))
@@ -717,13 +725,13 @@ class AttentionCase:
         self.query_counts = np.array([new for _, new in spec.lengths], np.int32)
         self.queries = np.full((tokens, heads, head_dim), np.nan)
         self.new_keys = np.full((tokens, kv_heads, head_dim), np.nan)
-        self.new_values = np.full((tokens, kv_heads, head_dim), np.nan)
-        self.expected = np.full((tokens, heads, head_dim), np.nan)
+        self.new_values = np.full((tokens, kv_heads, value_dim), np.nan)
+        self.expected = np.full((tokens, heads, value_dim), np.nan)
         self.positions = np.full(tokens, POISON, np.int32)
         self.block_of_token = np.zeros(tokens, np.int32)
         self.offset_of_token = rng.integers(0, block_size, size=tokens).astype(np.int32)
         self.k_cache = np.full((LAYERS, total_blocks, block_size, kv_heads, head_dim), np.nan)
-        self.v_cache = self.k_cache.copy()
+        self.v_cache = np.full((LAYERS, total_blocks, block_size, kv_heads, value_dim), np.nan)
         self.block_table = rng.integers(0, total_blocks, size=(sequences, blocks)).astype(np.int32)
 
         token = 0
@@ -731,7 +739,8 @@ class AttentionCase:
             if new == 0:
                 continue
             length = earlier + new
-            keys, values = rounded(rng.normal(size=(2, length, kv_heads, head_dim)), spec.dtype)
+            keys = rounded(rng.normal(size=(length, kv_heads, head_dim)), spec.dtype)
+            values = rounded(rng.normal(size=(length, kv_heads, value_dim)), spec.dtype)
             for position in range(length):
                 block, offset = divmod(position, block_size)
                 if offset == 0:

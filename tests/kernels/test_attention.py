@@ -68,8 +68,8 @@ def attention_step(
 
 
 def buffers(case: AttentionCase) -> StepBuffers:
-    tokens, _, heads, _, head_dim, _, _ = case.shape
-    attention = poisoned((tokens + 2, heads, head_dim), case.dtype)
+    shape = case.shape
+    attention = poisoned((shape.tokens + 2, shape.heads, shape.value_dim), case.dtype)
     return StepBuffers(
         attention,
         to_device(case.k_cache, case.dtype),

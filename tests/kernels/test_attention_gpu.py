@@ -14,7 +14,14 @@ LAYERS, LAYER, BLOCK_SIZE = 2, 1, 16
 TOLERANCE = {"float32": 1e-5, "bfloat16": 5e-3}
 
 
-def case(dtype: str, heads: int, kv_heads: int, head_dim: int, sequences: list[tuple[int, int]]):
+def case(
+    dtype: str,
+    heads: int,
+    kv_heads: int,
+    head_dim: int,
+    value_dim: int,
+    sequences: list[tuple[int, int]],
+):
     """Queries of several sequences, each given as (cached positions, new tokens)."""
     rng = np.random.default_rng(0)
     tokens = sum(new for _, new in sequences)
@@ -23,13 +30,13 @@ def case(dtype: str, heads: int, kv_heads: int, head_dim: int, sequences: list[t
     num_blocks = len(sequences) * width + 1
     table = 1 + rng.permutation(num_blocks - 1).reshape(len(sequences), width).astype(np.int32)
     positions = np.concatenate([np.arange(c, c + n) for c, n in sequences]).astype(np.int32)
-    shape = (LAYERS, num_blocks, BLOCK_SIZE, kv_heads, head_dim)
+    shape = (LAYERS, num_blocks, BLOCK_SIZE, kv_heads)
     # What no sequence has written is poison.
-    caches = [np.full(shape, np.nan, np.float32) for _ in range(2)]
+    caches = [np.full((*shape, width), np.nan, np.float32) for width in (head_dim, value_dim)]
     for row, (cached, new) in enumerate(sequences):
         place = np.arange(cached + new)
         for cache in caches:
-            values = rng.normal(size=(cached + new, kv_heads, head_dim))
+            values = rng.normal(size=(cached + new, *cache.shape[3:]))
             cache[LAYER, table[row, place // BLOCK_SIZE], place % BLOCK_SIZE] = values
     queries = rng.normal(size=(tokens, heads, head_dim))
     counts = np.array([new for _, new in sequences], np.int32)
@@ -39,7 +46,8 @@ def case(dtype: str, heads: int, kv_heads: int, head_dim: int, sequences: list[t
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize(
-    ("heads", "kv_heads", "head_dim"), [(32, 4, 128), (32, 8, 128), (64, 8, 64), (6, 2, 80)]
+    ("heads", "kv_heads", "head_dim", "value_dim"),
+    [(32, 4, 128, 128), (32, 8, 128, 128), (64, 8, 64, 64), (6, 2, 80, 80), (16, 16, 192, 128)],
 )
 @pytest.mark.parametrize(
     ("sequences", "tile_rows"),
@@ -57,11 +65,12 @@ def test_attention_against_the_reference(
     heads: int,
     kv_heads: int,
     head_dim: int,
+    value_dim: int,
     sequences: list[tuple[int, int]],
     tile_rows: int,
     window: int | None,
 ) -> None:
-    arrays, table, positions, counts = case(dtype, heads, kv_heads, head_dim, sequences)
+    arrays, table, positions, counts = case(dtype, heads, kv_heads, head_dim, value_dim, sequences)
     tokens = positions.size
 
     def attend(implementation: str, queries: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:

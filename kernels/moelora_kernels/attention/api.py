@@ -1,8 +1,8 @@
 """Causal attention over a paged KV cache, and writing to that cache.
 
 The cache of all layers is one array ``[layers, blocks, block_size, kv_heads, head_dim]`` for keys
-and one for values. A sequence's block table names the blocks that hold its positions, in order.
-Block 0 is no sequence's: padding tokens write there.
+and one for values, whose heads may have another width. A sequence's block table names the blocks
+that hold its positions, in order. Block 0 is no sequence's: padding tokens write there.
 """
 
 import jax.numpy as jnp
@@ -76,7 +76,7 @@ def paged_attention(
     Args:
         queries: packed queries; their keys and values are in the cache already.
         k_cache: keys ``[layers, blocks, block_size, kv_heads, head_dim]``.
-        v_cache: values, same shape.
+        v_cache: values ``[layers, blocks, block_size, kv_heads, value_dim]``.
         layer: layer of the caches.
         block_table: blocks of each sequence; entries past its length are any valid block.
         positions: position of each token in its sequence.
@@ -86,11 +86,11 @@ def paged_attention(
         window: positions that a query sees at most, its own included; None means all. It is data,
             so layers with different windows share one program.
         sinks: one more score for each query head, without a value; not multiplied by ``scale``.
-        out: ``[>= tokens, heads, head_dim]`` in the dtype of ``queries``.
+        out: ``[>= tokens, heads, value_dim]`` in the dtype of ``queries``.
         implementation: None chooses by the default device.
 
     Returns:
-        ``[tokens, heads, head_dim]``; not defined for tokens in no tile.
+        ``[tokens, heads, value_dim]``; not defined for tokens in no tile.
     """
     if queries.shape[1] % k_cache.shape[3]:
         raise ValueError(

@@ -24,16 +24,16 @@ def paged_attention(
 ) -> Array:
     """See :func:`moelora_kernels.paged_attention`."""
     tokens, heads, head_dim = queries.shape
-    kv_heads = k_cache.shape[3]
+    *_, kv_heads, value_dim = v_cache.shape
     group = heads // kv_heads
-    out = new_buffer(queries.shape, queries.dtype)
+    out = new_buffer((tokens, heads, value_dim), queries.dtype)
 
     def tile(entry: Array) -> None:
         sequence, first, end = entry
         rows = TileRows(first, end, tile_rows, tokens)
         blocks = block_table[sequence]
         keys = k_cache[layer, blocks].reshape(-1, kv_heads, head_dim)
-        values = v_cache[layer, blocks].reshape(-1, kv_heads, head_dim)
+        values = v_cache[layer, blocks].reshape(-1, kv_heads, value_dim)
         query = rows.take(queries).reshape(rows.size, kv_heads, group, head_dim)
         position = jnp.where(rows.valid, rows.take(positions), 0)
         context = jnp.arange(keys.shape[0], dtype=jnp.int32)
@@ -46,7 +46,7 @@ def paged_attention(
         weights = _softmax(scores, sinks).astype(queries.dtype)
         # A zero weight does not undo a NaN in a position that was never written.
         values = jnp.where((context <= jnp.max(position))[:, None, None], values, 0)
-        value = _einsum("hgqk,khd->qhgd", weights, values).reshape(-1, heads, head_dim)
+        value = _einsum("hgqk,khd->qhgd", weights, values).reshape(-1, heads, value_dim)
         where = jax.ds(rows.start, rows.size)
         out[where] = jnp.where(rows.valid[:, None, None], value.astype(out.dtype), out[where])
 

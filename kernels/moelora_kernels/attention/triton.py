@@ -22,6 +22,8 @@ BUSY_PROGRAMS = 264
 MAX_SPLITS = 32
 #: Columns behind the values of a partial result: its maximum, its sum of weights, two to align.
 EXTRA_COLUMNS = 4
+#: The least that a product of tiles takes.
+MIN_BLOCK = 16
 #: Powers of two are cheaper than powers of e.
 LOG2_E = tl.constexpr(1.4426950408889634)
 
@@ -43,20 +45,19 @@ def paged_attention(
 ) -> Buffer:
     """See :func:`moelora_kernels.paged_attention`."""
     tokens, heads, head_dim = queries.shape
-    _, num_blocks, block_size, kv_heads, _ = k_cache.shape
+    _, num_blocks, block_size, kv_heads, value_dim = v_cache.shape
     num_tiles, table_width = tiles.shape[0], block_table.shape[1]
     # The split follows from shapes alone, so that a row's bits do not depend on its neighbours.
     steps = triton.cdiv(table_width * block_size, BLOCK_CONTEXT)
     splits = max(1, min(BUSY_PROGRAMS // (num_tiles * kv_heads), MAX_SPLITS, steps))
     block_m = max(triton.next_power_of_2(tile_rows * heads // kv_heads), 16)
-    final = jax.ShapeDtypeStruct(queries.shape, queries.dtype)
-    partial = jax.ShapeDtypeStruct((splits, tokens, heads, head_dim + EXTRA_COLUMNS), jnp.float32)
+    final = jax.ShapeDtypeStruct((tokens, heads, value_dim), queries.dtype)
+    partial = jax.ShapeDtypeStruct((splits, tokens, heads, value_dim + EXTRA_COLUMNS), jnp.float32)
     refs = None if out is None else [out]
     shared = {
         "HEADS": heads,
-        "HEAD_DIM": head_dim,
-        # The least that a product of tiles takes.
-        "BLOCK_D": max(triton.next_power_of_2(head_dim), 16),
+        "VALUE_DIM": value_dim,
+        "BLOCK_V": max(triton.next_power_of_2(value_dim), MIN_BLOCK),
         "SPLITS": splits,
         "EXTRA_COLUMNS": EXTRA_COLUMNS,
     }
@@ -77,6 +78,8 @@ def paged_attention(
         refs if splits == 1 else None,
         Launch((num_tiles, kv_heads, splits), num_warps=8 if block_m >= 128 else 4, num_stages=3),
         **shared,
+        HEAD_DIM=head_dim,
+        BLOCK_D=max(triton.next_power_of_2(head_dim), MIN_BLOCK),
         SCALE=scale,
         TOKENS=tokens,
         KV_HEADS=kv_heads,
@@ -109,10 +112,12 @@ def attend_tiles(
     sinks_ptr,
     out_ptr,
     HEADS: tl.constexpr,
-    HEAD_DIM: tl.constexpr,
-    BLOCK_D: tl.constexpr,
+    VALUE_DIM: tl.constexpr,
+    BLOCK_V: tl.constexpr,
     SPLITS: tl.constexpr,
     EXTRA_COLUMNS: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr,
     SCALE: tl.constexpr,
     TOKENS: tl.constexpr,
     KV_HEADS: tl.constexpr,
@@ -135,7 +140,7 @@ def attend_tiles(
         inside = (first + row // GROUP < end) & (row < TILE_ROWS * GROUP)
         token = tl.where(inside, first + row // GROUP, first)
         head = kv_head * GROUP + row % GROUP
-        column = tl.arange(0, BLOCK_D)
+        column, value_column = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_V)
         query = tl.load(
             query_ptr + ((token.to(tl.int64) * HEADS + head) * HEAD_DIM)[:, None] + column[None, :],
             mask=inside[:, None] & (column < HEAD_DIM)[None, :],
@@ -153,7 +158,7 @@ def attend_tiles(
 
         maximum = tl.full([BLOCK_M], float("-inf"), tl.float32)
         weights_sum = tl.zeros([BLOCK_M], tl.float32)
-        total = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+        total = tl.zeros([BLOCK_M, BLOCK_V], tl.float32)
         for start in range(oldest + split * part, stop, BLOCK_N):
             place = start + tl.arange(0, BLOCK_N)
             exists = place < stop
@@ -161,16 +166,16 @@ def attend_tiles(
                 table_ptr + sequence * TABLE_WIDTH + place // BLOCK_SIZE, mask=exists, other=0
             )
             cache_row = (layer_row + block) * BLOCK_SIZE + place % BLOCK_SIZE
-            offset = (cache_row * KV_HEADS + kv_head) * HEAD_DIM
+            cached = cache_row * KV_HEADS + kv_head
             # Nothing is read behind the last position: it may be anything, also NaN.
             key = tl.load(
-                key_ptr + offset[None, :] + column[:, None],
+                key_ptr + (cached * HEAD_DIM)[None, :] + column[:, None],
                 mask=exists[None, :] & (column < HEAD_DIM)[:, None],
                 other=0.0,
             )
             value = tl.load(
-                value_ptr + offset[:, None] + column[None, :],
-                mask=exists[:, None] & (column < HEAD_DIM)[None, :],
+                value_ptr + (cached * VALUE_DIM)[:, None] + value_column[None, :],
+                mask=exists[:, None] & (value_column < VALUE_DIM)[None, :],
                 other=0.0,
             )
             score = tl.dot(query, key, input_precision=PRECISION) * (SCALE * LOG2_E)
@@ -189,19 +194,19 @@ def attend_tiles(
             maximum = new_maximum
 
         out_row = (split * TOKENS + token).to(tl.int64) * HEADS + head
-        stored = inside[:, None] & (column < HEAD_DIM)[None, :]
+        stored = inside[:, None] & (value_column < VALUE_DIM)[None, :]
         if SPLITS == 1:
             if sinks_ptr is not None:
                 sink = tl.load(sinks_ptr + head).to(tl.float32) * LOG2_E
                 weights_sum += tl.exp2(sink - maximum)
             total = total / weights_sum[:, None]
-            out_ptrs = out_ptr + (out_row * HEAD_DIM)[:, None] + column[None, :]
+            out_ptrs = out_ptr + (out_row * VALUE_DIM)[:, None] + value_column[None, :]
             tl.store(out_ptrs, total.to(out_ptr.dtype.element_ty), mask=stored)
         else:
-            part_ptr = out_ptr + out_row * (HEAD_DIM + EXTRA_COLUMNS)
-            tl.store(part_ptr[:, None] + column[None, :], total, mask=stored)
-            tl.store(part_ptr + HEAD_DIM, maximum, mask=inside)
-            tl.store(part_ptr + HEAD_DIM + 1, weights_sum, mask=inside)
+            part_ptr = out_ptr + out_row * (VALUE_DIM + EXTRA_COLUMNS)
+            tl.store(part_ptr[:, None] + value_column[None, :], total, mask=stored)
+            tl.store(part_ptr + VALUE_DIM, maximum, mask=inside)
+            tl.store(part_ptr + VALUE_DIM + 1, weights_sum, mask=inside)
 
 
 @triton.jit
@@ -210,29 +215,29 @@ def join_splits(
     sinks_ptr,
     out_ptr,
     HEADS: tl.constexpr,
-    HEAD_DIM: tl.constexpr,
-    BLOCK_D: tl.constexpr,
+    VALUE_DIM: tl.constexpr,
+    BLOCK_V: tl.constexpr,
     SPLITS: tl.constexpr,
     EXTRA_COLUMNS: tl.constexpr,
     TOKENS: tl.constexpr,
 ):
     """One token and head per program."""
     row = tl.program_id(0) * HEADS + tl.program_id(1)
-    column = tl.arange(0, BLOCK_D)
+    column = tl.arange(0, BLOCK_V)
     maximum = float("-inf")
     for split in range(SPLITS):
-        part_ptr = partial_ptr + (split * TOKENS * HEADS + row) * (HEAD_DIM + EXTRA_COLUMNS)
-        maximum = tl.maximum(maximum, tl.load(part_ptr + HEAD_DIM))
+        part_ptr = partial_ptr + (split * TOKENS * HEADS + row) * (VALUE_DIM + EXTRA_COLUMNS)
+        maximum = tl.maximum(maximum, tl.load(part_ptr + VALUE_DIM))
     weights_sum = 0.0
-    total = tl.zeros([BLOCK_D], tl.float32)
+    total = tl.zeros([BLOCK_V], tl.float32)
     for split in range(SPLITS):
-        part_ptr = partial_ptr + (split * TOKENS * HEADS + row) * (HEAD_DIM + EXTRA_COLUMNS)
-        weight = tl.exp2(tl.load(part_ptr + HEAD_DIM) - maximum)
-        weights_sum += weight * tl.load(part_ptr + HEAD_DIM + 1)
-        total += weight * tl.load(part_ptr + column, mask=column < HEAD_DIM, other=0.0)
+        part_ptr = partial_ptr + (split * TOKENS * HEADS + row) * (VALUE_DIM + EXTRA_COLUMNS)
+        weight = tl.exp2(tl.load(part_ptr + VALUE_DIM) - maximum)
+        weights_sum += weight * tl.load(part_ptr + VALUE_DIM + 1)
+        total += weight * tl.load(part_ptr + column, mask=column < VALUE_DIM, other=0.0)
     if sinks_ptr is not None:
         sink = tl.load(sinks_ptr + tl.program_id(1)).to(tl.float32) * LOG2_E
         weights_sum += tl.exp2(sink - maximum)
     total = total / weights_sum
-    out_ptrs = out_ptr + row * HEAD_DIM + column
-    tl.store(out_ptrs, total.to(out_ptr.dtype.element_ty), mask=column < HEAD_DIM)
+    out_ptrs = out_ptr + row * VALUE_DIM + column
+    tl.store(out_ptrs, total.to(out_ptr.dtype.element_ty), mask=column < VALUE_DIM)
