@@ -11,11 +11,12 @@ from moelora_kernels.expert_lora.api import down, gate_up, shrink
 from moelora_kernels.one_token.api import one_token_experts
 from moelora_kernels.router.api import route
 from moelora_kernels.sort.api import sort_tokens, token_sort_shapes
-from moelora_kernels.types import PAGE_ROWS, Buffer, ExpertPages, SitePages, TokenSort
+from moelora_kernels.types import PAGE_ROWS, Buffer, ExpertGroups, ExpertPages, SitePages, TokenSort
 
 __all__ = [
     "PAGE_ROWS",
     "Buffer",
+    "ExpertGroups",
     "ExpertPages",
     "SitePages",
     "TokenSort",

@@ -1,5 +1,6 @@
-"""Pytrees that the kernels of this package share."""
+"""Types that the kernels of this package share."""
 
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
 import jax
@@ -79,3 +80,32 @@ class TokenSort(NamedTuple):
     expert_tiles: Buffer
     run_tiles: Buffer | None = None
     group_of_row: Buffer | None = None
+
+
+@dataclass(frozen=True)
+class ExpertGroups:
+    """Experts in equal groups of neighbours: a token first chooses groups, then experts of theirs.
+
+    As in DeepSeek-V2 (arXiv 2405.04434, section 2.2.2), where a group is one device's experts.
+
+    Attributes:
+        count: groups.
+        chosen: how many of them a token's experts may come from.
+        summed: how many of a group's best scores make up the group's score.
+    """
+
+    count: int
+    chosen: int
+    summed: int = 1
+
+    def check(self, num_experts: int, top_k: int) -> None:
+        """Raise ValueError if ``top_k`` of so many experts cannot be chosen in this way."""
+        if self.count < 1 or num_experts % self.count:
+            raise ValueError(f"{num_experts} experts cannot be divided into {self.count} groups")
+        size = num_experts // self.count
+        if not 1 <= self.chosen <= self.count:
+            raise ValueError(f"{self.chosen} groups cannot be chosen of {self.count}")
+        if not 1 <= self.summed <= size:
+            raise ValueError(f"{self.summed} best scores cannot be taken of groups of {size}")
+        if top_k > self.chosen * size:
+            raise ValueError(f"top_k is {top_k}, but {self.chosen} groups have too few experts")

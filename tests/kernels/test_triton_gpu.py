@@ -7,7 +7,7 @@ import pytest
 
 from moelora_jax.config import MoeConfig
 from moelora_jax.moe import MoeParams, moe_experts, moe_workspace_shapes
-from moelora_kernels import dense_lora, route, sort_tokens, token_sort_shapes
+from moelora_kernels import ExpertGroups, dense_lora, route, sort_tokens, token_sort_shapes
 from tests.kernels import cases
 
 pytestmark = pytest.mark.gpu
@@ -138,6 +138,27 @@ def test_route(num_experts: int, top_k: int, scoring: str) -> None:
         actual = route(logits, **options, implementation="triton")
         assert np.array_equal(expected[0], actual[0])
         np.testing.assert_allclose(actual[1], expected[1], rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("num_experts", "top_k", "scoring", "groups"),
+    [
+        (160, 6, "softmax", ExpertGroups(8, 3)),
+        (256, 8, "sigmoid", ExpertGroups(8, 4, 2)),
+        (64, 6, "sigmoid", None),
+    ],
+    ids=["DeepSeek-V2", "DeepSeek-V3", "bias alone"],
+)
+def test_route_with_groups_and_correction_bias(
+    num_experts: int, top_k: int, scoring: str, groups: ExpertGroups | None
+) -> None:
+    logits = jax.random.normal(jax.random.key(0), (77, num_experts))
+    bias = 0.3 * jax.random.normal(jax.random.key(1), (num_experts,))
+    options = {"top_k": top_k, "scoring": scoring, "correction_bias": bias, "groups": groups}
+    expected = route(logits, **options, implementation="reference")
+    actual = route(logits, **options, implementation="triton")
+    assert np.array_equal(expected[0], actual[0])
+    np.testing.assert_allclose(actual[1], expected[1], rtol=1e-5)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

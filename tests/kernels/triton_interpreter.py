@@ -13,7 +13,7 @@ import torch
 
 from moelora_jax.config import MoeConfig
 from moelora_jax.moe import MoeParams, moe_experts
-from moelora_kernels import route, sort_tokens
+from moelora_kernels import ExpertGroups, route, sort_tokens
 from moelora_kernels.tuning.tiles import GemmTiles, MoeTiles, ShrinkTiles
 from tests.kernels.cases import LayerCase, LayerSpec, Shape, relative_error
 
@@ -105,9 +105,23 @@ def check_sort() -> None:
 
 def check_route() -> None:
     logits = jax.random.normal(jax.random.key(0), (5, 12))
-    for scoring in ("softmax", "sigmoid"):
+    bias = jax.random.normal(jax.random.key(1), (12,))
+    for scoring, correction_bias, groups in (
+        ("softmax", None, None),
+        ("sigmoid", None, None),
+        ("softmax", None, ExpertGroups(4, 2)),
+        ("sigmoid", bias, ExpertGroups(3, 1, 2)),
+        ("sigmoid", bias, None),
+    ):
         expected, actual = (
-            route(logits, top_k=3, scoring=scoring, implementation=name)  # type: ignore[arg-type]
+            route(
+                logits,
+                top_k=3,
+                scoring=scoring,  # type: ignore[arg-type]
+                correction_bias=correction_bias,
+                groups=groups,
+                implementation=name,  # type: ignore[arg-type]
+            )
             for name in ("reference", "triton")
         )
         assert np.array_equal(expected[0], actual[0])

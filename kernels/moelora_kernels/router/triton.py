@@ -6,14 +6,25 @@ import triton.language as tl
 from jax import Array
 
 from moelora_kernels.backend import Launch, launch
+from moelora_kernels.router.reference import TINY_SUM
+from moelora_kernels.types import ExpertGroups
 
 
-def route(logits: Array, *, top_k: int, scoring: str, renormalize: bool) -> tuple[Array, Array]:
+def route(
+    logits: Array,
+    *,
+    top_k: int,
+    scoring: str,
+    renormalize: bool,
+    correction_bias: Array | None,
+    groups: ExpertGroups | None,
+) -> tuple[Array, Array]:
     """See :func:`moelora_kernels.route`."""
     tokens, experts = logits.shape
+    groups = groups or ExpertGroups(1, 1)
     return launch(
         route_token,
-        (logits,),
+        (logits, correction_bias),
         [
             jax.ShapeDtypeStruct((tokens, top_k), "int32"),
             jax.ShapeDtypeStruct((tokens, top_k), "float32"),
@@ -24,22 +35,33 @@ def route(logits: Array, *, top_k: int, scoring: str, renormalize: bool) -> tupl
         TOP_K=top_k,
         SCORING=scoring,
         RENORMALIZE=renormalize,
+        NUM_GROUPS=groups.count,
+        CHOSEN_GROUPS=groups.chosen,
+        SUMMED=groups.summed,
+        TINY_SUM=TINY_SUM,
         EXPERTS_POW2=triton.next_power_of_2(experts),
         TOP_K_POW2=triton.next_power_of_2(top_k),
+        GROUPS_POW2=triton.next_power_of_2(groups.count),
     )  # type: ignore[return-value]
 
 
 @triton.jit
 def route_token(
     logits_ptr,
+    bias_ptr,
     experts_ptr,
     weights_ptr,
     NUM_EXPERTS: tl.constexpr,
     TOP_K: tl.constexpr,
     SCORING: tl.constexpr,
     RENORMALIZE: tl.constexpr,
+    NUM_GROUPS: tl.constexpr,
+    CHOSEN_GROUPS: tl.constexpr,
+    SUMMED: tl.constexpr,
+    TINY_SUM: tl.constexpr,
     EXPERTS_POW2: tl.constexpr,
     TOP_K_POW2: tl.constexpr,
+    GROUPS_POW2: tl.constexpr,
 ):
     """Take the best expert ``TOP_K`` times."""
     token = tl.program_id(0)
@@ -52,17 +74,42 @@ def route_token(
         scores = scores / tl.sum(scores, 0)
     else:
         scores = tl.sigmoid(logits)
-    # Scores are not negative.
-    scores = tl.where(inside, scores, -1.0)
-    choice = tl.arange(0, TOP_K_POW2)
+    choice = scores
+    if bias_ptr is not None:
+        choice += tl.load(bias_ptr + expert, mask=inside, other=0.0)
+    choice = tl.where(inside, choice, -float("inf"))
+    if CHOSEN_GROUPS < NUM_GROUPS:
+        group_of_expert = expert // (NUM_EXPERTS // NUM_GROUPS)
+        group = tl.arange(0, GROUPS_POW2)
+        group_scores = tl.full([GROUPS_POW2], -float("inf"), tl.float32)
+        for number in tl.static_range(NUM_GROUPS):
+            members = tl.where(group_of_expert == number, choice, -float("inf"))
+            total = 0.0
+            for _ in tl.static_range(SUMMED):
+                best, index = tl.max(
+                    members, 0, return_indices=True, return_indices_tie_break_left=True
+                )
+                total += best
+                members = tl.where(expert == index, -float("inf"), members)
+            group_scores = tl.where(group == number, total, group_scores)
+        is_best = expert < 0
+        for _ in tl.static_range(CHOSEN_GROUPS):
+            _, index = tl.max(
+                group_scores, 0, return_indices=True, return_indices_tie_break_left=True
+            )
+            is_best = is_best | (group_of_expert == index)
+            group_scores = tl.where(group == index, -float("inf"), group_scores)
+        choice = tl.where(is_best, choice, -float("inf"))
+    position = tl.arange(0, TOP_K_POW2)
     chosen = tl.zeros([TOP_K_POW2], tl.int32)
     weights = tl.zeros([TOP_K_POW2], tl.float32)
     for number in tl.static_range(TOP_K):
-        best, index = tl.max(scores, 0, return_indices=True, return_indices_tie_break_left=True)
-        chosen = tl.where(choice == number, index, chosen)
-        weights = tl.where(choice == number, best, weights)
-        scores = tl.where(expert == index, -2.0, scores)
+        _, index = tl.max(choice, 0, return_indices=True, return_indices_tie_break_left=True)
+        weight = tl.sum(tl.where(expert == index, scores, 0.0), 0)
+        chosen = tl.where(position == number, index, chosen)
+        weights = tl.where(position == number, weight, weights)
+        choice = tl.where(expert == index, -float("inf"), choice)
     if RENORMALIZE:
-        weights = weights / tl.sum(weights, 0)
-    tl.store(experts_ptr + token * TOP_K + choice, chosen, mask=choice < TOP_K)
-    tl.store(weights_ptr + token * TOP_K + choice, weights, mask=choice < TOP_K)
+        weights = weights / (tl.sum(weights, 0) + TINY_SUM)
+    tl.store(experts_ptr + token * TOP_K + position, chosen, mask=position < TOP_K)
+    tl.store(weights_ptr + token * TOP_K + position, weights, mask=position < TOP_K)
