@@ -13,6 +13,7 @@ from moelora_jax.engine.async_engine import AsyncEngine, Stream
 from moelora_jax.engine.llm import LLM, Completion, Prompt
 from moelora_jax.engine.requests import EngineStats, Request, TokenOutput
 from moelora_jax.engine.sampling import Sampling
+from moelora_jax.engine.trace import Trace
 from moelora_jax.errors import (
     AdapterError,
     CapacityError,
@@ -50,6 +51,7 @@ __all__ = [
     "Stream",
     "Target",
     "TokenOutput",
+    "Trace",
     "moe_experts",
     "moe_lora",
 ]

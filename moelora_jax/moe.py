@@ -120,6 +120,41 @@ def linear(
     return y.astype(dtype or x.dtype)
 
 
+def moe_router(
+    x: Float[Array, "tokens hidden"],
+    params: MoeParams,
+    layer: Int32[Array, ""],
+    config: MoeConfig,
+    *,
+    implementation: Implementation | None = None,
+) -> tuple[
+    Float[Array, "tokens experts"], Int32[Array, "tokens top_k"], Float[Array, "tokens top_k"]
+]:
+    """The first half of :func:`moe_lora`: router logits, chosen experts and their weights.
+
+    Args:
+        x: hidden states in the compute dtype, after the norm.
+        params: stacked weights.
+        layer: which of the stacked layers.
+        config: the layer's description.
+        implementation: of all kernels; None chooses by the default device.
+
+    Returns:
+        Float32 logits, then as :func:`moelora_kernels.route`.
+    """
+    logits = linear(x, params.router[layer], dtype=jnp.float32)
+    if params.router_bias is not None:
+        logits = logits + params.router_bias[layer].astype(jnp.float32)
+    experts, weights = route(
+        logits,
+        top_k=config.top_k,
+        scoring=config.scoring,
+        renormalize=config.renormalize,
+        implementation=implementation,
+    )
+    return logits, experts, weights
+
+
 def moe_lora(
     x: Float[Array, "tokens hidden"],
     params: MoeParams,
@@ -152,16 +187,7 @@ def moe_lora(
     Returns:
         The layer's output in the dtype of ``x``, without the residual.
     """
-    logits = linear(x, params.router[layer], dtype=jnp.float32)
-    if params.router_bias is not None:
-        logits = logits + params.router_bias[layer].astype(jnp.float32)
-    experts, weights = route(
-        logits,
-        top_k=config.top_k,
-        scoring=config.scoring,
-        renormalize=config.renormalize,
-        implementation=implementation,
-    )
+    _, experts, weights = moe_router(x, params, layer, config, implementation=implementation)
     return moe_experts(
         x,
         experts,
@@ -195,7 +221,7 @@ def moe_experts(
     implementation: Implementation | None = None,
     tiles: MoeTiles | None = None,
 ) -> Buffer:
-    """:func:`moe_lora` with the routing given: ``experts`` and their float32 ``weights``."""
+    """The second half of :func:`moe_lora`: ``experts`` and their float32 ``weights`` are given."""
     if (adapter_of_token is None) != (pages is None):
         raise ValueError("adapter_of_token and pages must be given together")
     tokens, top_k = experts.shape

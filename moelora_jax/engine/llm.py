@@ -19,6 +19,7 @@ from moelora_jax.engine import engine
 from moelora_jax.engine.engine import Engine, FinishReason
 from moelora_jax.engine.runner import Runner
 from moelora_jax.engine.sampling import Sampling
+from moelora_jax.engine.trace import Trace, trace_rows
 from moelora_jax.errors import AdapterError, CapacityError, RequestError
 from moelora_jax.models import ModelFamily, load_model
 from moelora_jax.workspace import MemoryPlan
@@ -187,6 +188,27 @@ class LLM:
         sequences = self._sequences(prompts, 0, Sampling(), frozenset())
         self._run(sequences)
         return [np.concatenate(sequence.logits) for sequence in sequences]
+
+    def trace(self, prompts: Sequence[Prompt]) -> list[Trace]:
+        """Run prompts and keep what the MoE layers compute, for research.
+
+        Which experts each token chooses with an adapter, and which without::
+
+            tuned, base = llm.trace([Prompt(tokens, "french"), Prompt(tokens)])
+            tuned.experts, base.experts  # int32 [layers, tokens, top_k]
+
+        All rows run as one batch. The program has memory of its own and is compiled for each new
+        size; the programs that serve know nothing of it.
+
+        Args:
+            prompts: rows of one mixed batch.
+
+        Raises:
+            RequestError: the batch is empty, or a row is invalid; nothing was run.
+            CapacityError: a row is longer than the cache, or there are more adapters than slots.
+        """
+        sequences = self._sequences(prompts, 0, Sampling(), frozenset())
+        return trace_rows(self.runner, [(s.prompt, s.adapter) for s in sequences])
 
     def generate(
         self,

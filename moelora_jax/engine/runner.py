@@ -63,6 +63,11 @@ class Runner:
         self.state = allocate(self._state_shapes)
         self.programs = Programs(self._step_function, self._arguments)
 
+    @property
+    def model(self) -> nnx.Module:
+        """The model, around the parameters that all programs use."""
+        return nnx.merge(self._graph, self._params)
+
     def layout(self, key: ProgramKey) -> BatchLayout:
         """How batches of a program are packed."""
         return BatchLayout(key.bucket, self.runtime.cache.blocks_per_sequence)

@@ -23,6 +23,7 @@ from moelora_jax.models.layers import (
     Experts,
     Pages,
     Step,
+    Taps,
     prepare_step,
     random_param,
     rms_norm,
@@ -58,7 +59,12 @@ class Decoder(nnx.Module):
         self.head = None if tied else random_param(rngs, (config.vocab_size, hidden), dtype)
 
     def __call__(
-        self, batch: Batch, cache: KVCache, workspace: Workspace, pages: Pages | None
+        self,
+        batch: Batch,
+        cache: KVCache,
+        workspace: Workspace,
+        pages: Pages | None,
+        taps: Taps | None = None,
     ) -> Float[Array, "tokens hidden"]:
         """Hidden states after the final norm; keys and values of the batch are added to the cache.
 
@@ -67,8 +73,9 @@ class Decoder(nnx.Module):
             cache: references to the KV cache.
             workspace: references to the workspaces.
             pages: resident adapters by site; None runs the base model.
+            taps: references that the MoE layers write what they compute to; None for none.
         """
-        step = prepare_step(batch, cache, workspace, pages)
+        step = prepare_step(batch, cache, workspace, pages, taps)
         x = self.embedding[batch.tokens]
         # Equal layers in a row are one loop; most models are a single one.
         for is_moe, layers in groupby(range(self.config.num_layers), self._is_moe):

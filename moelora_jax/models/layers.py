@@ -17,9 +17,10 @@ from jaxtyping import Float, Int32
 
 from moelora_jax.buckets import Batch
 from moelora_jax.config import ModelConfig, RopeConfig
-from moelora_jax.moe import MoeParams, linear, moe_lora
+from moelora_jax.moe import MoeParams, linear, moe_experts, moe_router
 from moelora_jax.workspace import DENSE_TILE_ROWS, KVCache, Workspace
 from moelora_kernels import (
+    Buffer,
     ExpertPages,
     SitePages,
     TokenSort,
@@ -32,6 +33,24 @@ from moelora_kernels import (
 
 #: Page tables and pools of every enabled site, by site name.
 Pages = dict[str, SitePages]
+
+
+class Taps(NamedTuple):
+    """References that a forward pass writes what its MoE layers compute to, for research.
+
+    Attributes:
+        moe_input: float32 ``[moe layers, tokens, hidden]``, after the norm.
+        router_logits: float32 ``[moe layers, tokens, experts]``.
+        experts: int32 ``[moe layers, tokens, top_k]``, chosen by each token.
+        weights: float32 ``[moe layers, tokens, top_k]``, of the chosen experts.
+        moe_output: float32 ``[moe layers, tokens, hidden]``, without the residual.
+    """
+
+    moe_input: Buffer
+    router_logits: Buffer
+    experts: Buffer
+    weights: Buffer
+    moe_output: Buffer
 
 
 class Step(NamedTuple):
@@ -47,6 +66,7 @@ class Step(NamedTuple):
         query_tile_rows: tokens of a full tile of that map.
         block_of_token: int32 ``[tokens]``, cache block that each token's keys go to.
         offset_of_token: int32 ``[tokens]``, position within that block.
+        taps: where MoE layers write what they compute; None, as in serving, writes nothing.
     """
 
     batch: Batch
@@ -58,9 +78,16 @@ class Step(NamedTuple):
     query_tile_rows: int
     block_of_token: Array
     offset_of_token: Array
+    taps: Taps | None
 
 
-def prepare_step(batch: Batch, cache: KVCache, workspace: Workspace, pages: Pages | None) -> Step:
+def prepare_step(
+    batch: Batch,
+    cache: KVCache,
+    workspace: Workspace,
+    pages: Pages | None,
+    taps: Taps | None = None,
+) -> Step:
     """Derive from a batch, once, what all layers use.
 
     Args:
@@ -68,6 +95,7 @@ def prepare_step(batch: Batch, cache: KVCache, workspace: Workspace, pages: Page
         cache: references to the KV cache.
         workspace: references to the workspaces.
         pages: resident adapters; None runs the base model.
+        taps: references for what the MoE layers compute; None for none.
     """
     tokens, sequences = batch.tokens.shape[0], batch.query_counts.shape[0]
     # In decode every tile has one token.
@@ -98,6 +126,7 @@ def prepare_step(batch: Batch, cache: KVCache, workspace: Workspace, pages: Page
         # Block 0 belongs to no sequence.
         block_of_token=jnp.where(real, block, 0),
         offset_of_token=batch.positions % block_size,
+        taps=taps,
     )
 
 
@@ -322,9 +351,13 @@ class Experts(nnx.Module):
             pages = ExpertPages(
                 step.pages["gate_proj"], step.pages["up_proj"], step.pages["down_proj"]
             )
-        return moe_lora(
+        params = self._params()
+        logits, experts, weights = moe_router(x, params, index, self.config)
+        y = moe_experts(
             x,
-            self._params(),
+            experts,
+            weights,
+            params,
             index,
             self.config,
             num_tokens=step.batch.num_tokens,
@@ -332,6 +365,11 @@ class Experts(nnx.Module):
             pages=pages,
             workspace=step.workspace.moe,
         )
+        if step.taps is not None:
+            values = Taps(x, logits, experts, weights * self.config.routed_scaling, y)
+            for tap, value in zip(step.taps, values, strict=True):
+                tap[index] = value.astype(tap.dtype)
+        return y
 
     def _params(self) -> MoeParams:
         def values(param: nnx.Param[Array] | None) -> Array | None:
