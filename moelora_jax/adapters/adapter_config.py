@@ -86,6 +86,7 @@ class AdapterConfig:
         target_modules: names or name endings of the adapted modules, or one regular expression.
         target_parameters: names or name endings of the adapted parameters.
         peft_version: the version of PEFT that saved the adapter, if it is known.
+        base_model: name or path of the base model, if the file tells; for people and other tools.
     """
 
     path: Path
@@ -97,6 +98,7 @@ class AdapterConfig:
     target_modules: tuple[str, ...] | str
     target_parameters: tuple[str, ...]
     peft_version: str | None
+    base_model: str | None
 
     def rank_of(self, name: str) -> int:
         """The rank of the factors that change ``name``.
@@ -188,6 +190,7 @@ def read_adapter_config(folder: Path) -> AdapterConfig:
             _fail(path, key, f"must be {wanted}, not {options.get(key)!r}")
     target_modules = options.get("target_modules") or ()
     alphas = options.get("alpha_pattern") or {}
+    base_model = options.get("base_model_name_or_path")
     return AdapterConfig(
         path=path,
         rank=options["r"],
@@ -198,6 +201,7 @@ def read_adapter_config(folder: Path) -> AdapterConfig:
         target_modules=target_modules if isinstance(target_modules, str) else tuple(target_modules),
         target_parameters=tuple(options.get("target_parameters") or ()),
         peft_version=options.get("peft_version"),
+        base_model=base_model if isinstance(base_model, str) else None,
     )
 
 
