@@ -62,8 +62,13 @@ class LoraSite:
         name: the field's name of the projection, unique within a model: ``q_proj``, ``gate_proj``.
         in_features: width of A.
         out_features: height of B.
-        layers: the model's layer indices that have this site. Page tables have one row for each.
+        layers: the model's layer indices that have this site. Page tables have one row for each. A
+            site outside of the layers has the single index 0.
         num_experts: E for a projection of routed experts, 0 for a dense linear layer.
+        optional: whether it has tables and pools only where :class:`LoraConfig` asks for them,
+            because few adapters change it.
+        is_embedding: whether its input is a token id, which picks a column of A.
+        tied_to: name of the site whose weight matrix this one shares in the base model.
     """
 
     name: str
@@ -71,6 +76,9 @@ class LoraSite:
     out_features: int
     layers: tuple[int, ...]
     num_experts: int = 0
+    optional: bool = False
+    is_embedding: bool = False
+    tied_to: str | None = None
 
     @property
     def table_experts(self) -> int:
@@ -181,10 +189,11 @@ class ModelConfig:
         return tuple(i for i in range(self.num_layers) if i not in self.moe_layers)
 
     def lora_sites(self) -> tuple[LoraSite, ...]:
-        """Every projection that an adapter may change, attention first, then experts."""
+        """Every projection that an adapter may change: attention, experts, and optional ones."""
         hidden, inner = self.moe.hidden_size, self.moe.intermediate_size
         queries, keys = self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim
         everywhere = tuple(range(self.num_layers))
+        tied = "embed_tokens" if self.tie_embeddings else None
         return (
             LoraSite("q_proj", hidden, queries, everywhere),
             LoraSite("k_proj", hidden, keys, everywhere),
@@ -193,6 +202,11 @@ class ModelConfig:
             LoraSite("gate_proj", hidden, inner, self.moe_layers, self.moe.num_experts),
             LoraSite("up_proj", hidden, inner, self.moe_layers, self.moe.num_experts),
             LoraSite("down_proj", inner, hidden, self.moe_layers, self.moe.num_experts),
+            LoraSite("router", hidden, self.moe.num_experts, self.moe_layers, optional=True),
+            LoraSite(
+                "embed_tokens", self.vocab_size, hidden, (0,), optional=True, is_embedding=True
+            ),
+            LoraSite("lm_head", hidden, self.vocab_size, (0,), optional=True, tied_to=tied),
         )
 
 
@@ -206,13 +220,18 @@ class LoraConfig:
             limit costs table entries and rank-activation columns, not time or page memory.
         pool_rank: the page pools are sized for ``max_adapters`` adapters that have this rank at
             every site and expert. Adapters of other ranks share the same pages.
-        sites: names of the sites that get tables and pools; None means all that the model has.
+        sites: names of the sites that get tables and pools; None means all that the model has, but
+            for optional ones.
+        optional_sites: names of optional sites that get them, too: ``router``, ``embed_tokens``,
+            ``lm_head``. Each costs launches in every step with LoRA. Pages of the last two are as
+            wide as the vocabulary, so they take megabytes.
     """
 
     max_adapters: int = 8
     max_rank: int = 64
     pool_rank: int = 16
     sites: tuple[str, ...] | None = None
+    optional_sites: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         for name in ("max_adapters", "max_rank", "pool_rank"):
@@ -231,18 +250,22 @@ class LoraConfig:
 
     def select(self, sites: tuple[LoraSite, ...]) -> tuple[LoraSite, ...]:
         """The model's sites that are enabled here."""
-        if self.sites is None:
-            return sites
         known = {site.name for site in sites}
-        for name in self.sites:
-            if name not in known:
-                raise ValueError(
-                    f"LoraConfig.sites: no site {name!r}; the model has {sorted(known)}"
-                )
+        for field_name in ("sites", "optional_sites"):
+            for name in getattr(self, field_name) or ():
+                if name not in known:
+                    raise ValueError(
+                        f"LoraConfig.{field_name}: no site {name!r}; the model has {sorted(known)}"
+                    )
+        if self.sites is None:
+            enabled = {site.name for site in sites if not site.optional}
+        else:
+            enabled = set(self.sites)
+        enabled |= set(self.optional_sites)
         experts = {site.name for site in sites if site.num_experts}
-        if 0 < len(experts & set(self.sites)) < len(experts):
+        if 0 < len(experts & enabled) < len(experts):
             raise ValueError(f"LoraConfig.sites: enable all or none of {sorted(experts)}")
-        return tuple(site for site in sites if site.name in self.sites)
+        return tuple(site for site in sites if site.name in enabled)
 
 
 @dataclass(frozen=True, order=True)

@@ -1,5 +1,6 @@
 """One MoE layer with LoRA, built from the kernels: a function, and a flax module for research."""
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -126,6 +127,7 @@ def moe_router(
     layer: Int32[Array, ""],
     config: MoeConfig,
     *,
+    add_lora: Callable[[Array], Array] | None = None,
     implementation: Implementation | None = None,
 ) -> tuple[
     Float[Array, "tokens experts"], Int32[Array, "tokens top_k"], Float[Array, "tokens top_k"]
@@ -137,6 +139,7 @@ def moe_router(
         params: stacked weights.
         layer: which of the stacked layers.
         config: the layer's description.
+        add_lora: adds what adapters change to the float32 logits; None leaves them as they are.
         implementation: of all kernels; None chooses by the default device.
 
     Returns:
@@ -145,6 +148,8 @@ def moe_router(
     logits = linear(x, params.router[layer], dtype=jnp.float32)
     if params.router_bias is not None:
         logits = logits + params.router_bias[layer].astype(jnp.float32)
+    if add_lora is not None:
+        logits = add_lora(logits)
     experts, weights = route(
         logits,
         top_k=config.top_k,

@@ -110,6 +110,8 @@ class MemoryPlan:
     Attributes:
         weights: parameters of the base model.
         adapter_pages: page pools, resident adapters or not.
+        vocabulary_pages: the pool whose pages are as wide as the vocabulary, for adapters on the
+            embedding and the head; 0 where these sites are not enabled.
         adapter_tables: page tables and scaling.
         workspaces: intermediates of the largest bucket.
         kv_cache: keys and values.
@@ -117,6 +119,7 @@ class MemoryPlan:
 
     weights: int
     adapter_pages: int
+    vocabulary_pages: int
     adapter_tables: int
     workspaces: int
     kv_cache: int

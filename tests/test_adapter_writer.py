@@ -230,10 +230,20 @@ DOWN = Target(1, "down_proj", 2)
 @pytest.mark.parametrize(
     ("adapter", "message"),
     [
+        (changed(make_adapter(), UP, a=np.ones((4, 48), np.float32)), "another A than gate_proj"),
         (changed(make_adapter(), DOWN, scaling=3.0), "has scaling 3.0, but"),
+        (
+            changed(
+                make_adapter(),
+                DOWN,
+                a=np.ones((5, 20), np.float32),
+                b=np.ones((48, 5), np.float32),
+            ),
+            "has rank 5, but",
+        ),
         (changed(make_adapter(), DOWN, b=np.ones((48, 4), np.float16)), "has dtype float16, but"),
     ],
-    ids=["scaling", "dtype"],
+    ids=["A", "scaling", "rank", "dtype"],
 )
 def test_what_fused_cannot_express(tmp_path: Path, adapter: Adapter, message: str) -> None:
     with pytest.raises(AdapterError, match=rf"layer 1, \w+, expert 2: .*{message}.*per_expert"):
@@ -247,7 +257,7 @@ def test_what_fused_cannot_express(tmp_path: Path, adapter: Adapter, message: st
     ("updates", "message"),
     [
         ({}, "changes nothing"),
-        ({Target(0, "lm_head", 0): (48, 64)}, "no site of the model"),
+        ({Target(0, "norm", 0): (48, 64)}, "no site of the model"),
         ({Target(2, "q_proj", 0): (48, 32)}, "layers with it are \\(0, 1\\)"),
         ({Target(0, "down_proj", 6): (20, 48)}, "expert 6 of 6"),
         ({Target(0, "q_proj", 0): (47, 32)}, r"A of shape \(2, 47\), expected \(2, 48\)"),

@@ -85,29 +85,6 @@ class Family:
 
 
 TESTED = {
-    "Qwen3MoeForCausalLM": Family(
-        config_class="Qwen3MoeConfig",
-        options=SIZES
-        | {
-            "head_dim": 16,
-            "intermediate_size": 28,
-            "moe_intermediate_size": 20,
-            "mlp_only_layers": [1],
-            "norm_topk_prob": True,
-            "rope_parameters": {"rope_type": "default", "rope_theta": 5000.0},
-        },
-        version_4={
-            "num_local_experts": None,
-            "num_experts": 6,
-            "rope_parameters": None,
-            "rope_theta": 5000.0,
-        },
-        refused={
-            "num_experts missing": {"num_experts": None, "num_local_experts": None},
-            "use_sliding_window True": {"use_sliding_window": True},
-            "quantization_config": {"quantization_config": {"quant_method": "fp8"}},
-        },
-    ),
     "OlmoeForCausalLM": Family(
         config_class="OlmoeConfig",
         options=SIZES
@@ -183,12 +160,12 @@ def architecture(request: pytest.FixtureRequest) -> str:
     return name
 
 
-def torch_model(architecture: str) -> Any:
+def torch_model(architecture: str, family: Family | None = None) -> Any:
     """A model of PyTorch with random weights, the same at every call."""
     torch = pytest.importorskip("torch")
     import transformers
 
-    family = TESTED[architecture]
+    family = family or TESTED[architecture]
     config = getattr(transformers, family.config_class)(**family.options)
     model = getattr(transformers, architecture)(config).eval()
     generator = torch.Generator().manual_seed(0)

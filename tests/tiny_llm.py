@@ -5,7 +5,6 @@ from collections.abc import Sequence
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jax.typing import DTypeLike
 
 from moelora_jax import LLM, BucketConfig, CacheConfig, LoraConfig, ModelConfig, RuntimeConfig
 from moelora_jax.adapters.adapter import Adapter, LowRankUpdate, Target
@@ -21,26 +20,23 @@ TINY_RUNTIME = RuntimeConfig(
 
 
 def tiny_llm(
-    runtime: RuntimeConfig = TINY_RUNTIME,
-    config: ModelConfig | None = None,
-    seed: int = 0,
-    dtype: DTypeLike = jnp.float32,
+    runtime: RuntimeConfig = TINY_RUNTIME, config: ModelConfig | None = None, seed: int = 0
 ) -> LLM:
-    """A random Qwen3-MoE."""
+    """A random Qwen3-MoE in float32."""
     config = config or tiny_model_config()
     family = FAMILIES[config.architecture]
-    model = family.module(config, dtype=dtype, rngs=nnx.Rngs(seed))
-    return LLM(model, config, family, runtime=runtime, dtype=dtype)
+    model = family.module(config, dtype=jnp.float32, rngs=nnx.Rngs(seed))
+    return LLM(model, config, family, runtime=runtime, dtype=jnp.float32)
 
 
 def random_adapter(
     config: ModelConfig, seed: int, *, rank: int = 8, sites: Sequence[str] | None = None
 ) -> Adapter:
-    """Random factors at every layer and expert of the given sites, or of all."""
+    """Random factors at every layer and expert of the given sites, or of all but optional ones."""
     rng = np.random.default_rng(seed)
     updates = {}
     for site in config.lora_sites():
-        if sites is not None and site.name not in sites:
+        if site.optional if sites is None else site.name not in sites:
             continue
         for layer in site.layers:
             for expert in range(site.table_experts):

@@ -6,7 +6,7 @@ plain ``jax.numpy``. Nothing here knows of adapter files, models or servers.
 
 from moelora_kernels.attention.api import paged_attention, query_tiles, write_cache
 from moelora_kernels.combine.api import combine
-from moelora_kernels.dense_lora.api import dense_lora
+from moelora_kernels.dense_lora.api import dense_lora, embedding_lora
 from moelora_kernels.expert_lora.api import down, gate_up, shrink
 from moelora_kernels.one_token.api import one_token_experts
 from moelora_kernels.router.api import route
@@ -23,6 +23,7 @@ __all__ = [
     "combine",
     "dense_lora",
     "down",
+    "embedding_lora",
     "gate_up",
     "one_token_experts",
     "paged_attention",

@@ -24,7 +24,6 @@ _WITHOUT_EFFECT = frozenset(
         "auto_mapping",
         "base_model_name_or_path",
         "corda_config",
-        "ensure_weight_tying",
         "eva_config",
         "exclude_modules",
         "inference_mode",
@@ -85,8 +84,8 @@ class AdapterConfig:
         use_rslora: scaling is alpha/√rank instead of alpha/rank.
         target_modules: names or name endings of the adapted modules, or one regular expression.
         target_parameters: names or name endings of the adapted parameters.
+        ensure_weight_tying: whether embedding and head change alike where the model ties them.
         peft_version: the version of PEFT that saved the adapter, if it is known.
-        base_model: name or path of the base model, if the file tells; for people and other tools.
     """
 
     path: Path
@@ -97,8 +96,8 @@ class AdapterConfig:
     use_rslora: bool
     target_modules: tuple[str, ...] | str
     target_parameters: tuple[str, ...]
+    ensure_weight_tying: bool
     peft_version: str | None
-    base_model: str | None
 
     def rank_of(self, name: str) -> int:
         """The rank of the factors that change ``name``.
@@ -190,7 +189,6 @@ def read_adapter_config(folder: Path) -> AdapterConfig:
             _fail(path, key, f"must be {wanted}, not {options.get(key)!r}")
     target_modules = options.get("target_modules") or ()
     alphas = options.get("alpha_pattern") or {}
-    base_model = options.get("base_model_name_or_path")
     return AdapterConfig(
         path=path,
         rank=options["r"],
@@ -200,8 +198,8 @@ def read_adapter_config(folder: Path) -> AdapterConfig:
         use_rslora=bool(options.get("use_rslora")),
         target_modules=target_modules if isinstance(target_modules, str) else tuple(target_modules),
         target_parameters=tuple(options.get("target_parameters") or ()),
+        ensure_weight_tying=bool(options.get("ensure_weight_tying")),
         peft_version=options.get("peft_version"),
-        base_model=base_model if isinstance(base_model, str) else None,
     )
 
 
@@ -300,5 +298,6 @@ _VALID: Mapping[str, tuple[Callable[[object], bool], str]] = {
     "use_rslora": (_is_switch, "true or false"),
     "target_modules": (_is_names_or_expression, "a list of names or one regular expression"),
     "target_parameters": (_is_names, "a list of names"),
+    "ensure_weight_tying": (_is_switch, "true or false"),
     "peft_version": (_is_version, "a string"),
 }

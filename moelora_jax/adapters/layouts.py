@@ -11,7 +11,6 @@ varies fastest:
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
-from typing import Literal, get_args
 
 import numpy as np
 
@@ -52,6 +51,8 @@ class FactorLayout:
 
 
 LINEAR = FactorLayout("linear", "r i", "o r")
+#: An embedding whose weight ``[in, out]`` PEFT adapts as a parameter.
+LINEAR_TRANSPOSED = FactorLayout("linear", "r o", "i r")
 PER_EXPERT = FactorLayout("per_expert", "r i", "o r")
 PEFT_FUSED = FactorLayout("peft_fused", "er i", "o re")
 PEFT_FUSED_0_18 = FactorLayout("peft_fused_0_18", "er o", "i re")
@@ -61,8 +62,7 @@ SHARED_OUTER_IN = FactorLayout("shared_outer", "1 r i", "e o r")
 SHARED_OUTER_OUT = FactorLayout("shared_outer", "e r i", "1 o r")
 
 #: What the factors of routed experts can be read as.
-ExpertLayout = Literal["per_expert", "peft_fused", "peft_fused_0_18", "stacked", "shared_outer"]
-EXPERT_LAYOUTS: tuple[str, ...] = get_args(ExpertLayout)
+EXPERT_LAYOUTS = ("per_expert", "peft_fused", "peft_fused_0_18", "stacked", "shared_outer")
 
 
 def shape_of(axes: str, sizes: Sizes) -> tuple[int, ...]:

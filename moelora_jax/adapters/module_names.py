@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import NamedTuple
 
@@ -17,6 +17,16 @@ from moelora_jax.adapters.layouts import (
     FactorLayout,
 )
 
+#: Modules that all families call alike.
+_ATTENTION = {f"self_attn.{site}": site for site in ("q_proj", "k_proj", "v_proj", "o_proj")}
+_OUTSIDE = {
+    "model.embed_tokens": "embed_tokens",
+    "model.language_model.embed_tokens": "embed_tokens",
+    "language_model.model.embed_tokens": "embed_tokens",
+    "lm_head": "lm_head",
+    "language_model.lm_head": "lm_head",
+}
+
 
 class ModulePlace(NamedTuple):
     """Where in the model a module of an adapter file is.
@@ -24,7 +34,7 @@ class ModulePlace(NamedTuple):
     Attributes:
         layouts: how its factors may be laid out, as far as the name tells. None at all for an
             expert projection that the model lacks.
-        layer: the model's layer index.
+        layer: the model's layer index; 0 outside of the layers.
         module: the module's name, without the ``base_layer`` that PEFT appends.
         sites: names of the sites that its rows belong to, in their order. Empty for PEFT_FUSED,
             where the name does not tell.
@@ -45,7 +55,8 @@ class ModuleNames:
     """What the adapter reader needs to know of a model family.
 
     Attributes:
-        linear: path of a linear module inside a layer to the name of its site.
+        linear: path of a linear module inside a layer to the name of its site. The first path of a
+            site is the one that is written.
         experts: paths inside a layer by which adapters may call the routed experts; the first one
             is written for single experts.
         projections: name of an expert projection to the names of the sites that it is made of, in
@@ -57,6 +68,9 @@ class ModuleNames:
             experts, the second out of them.
         fused_experts: path inside a layer of the module whose parameters they are, as transformers
             5 calls it.
+        fused_router: path inside a layer of the router, whose weight PEFT adapts as a parameter
+            with transformers 5.
+        outside: name of a module outside of the layers to the name of its site, likewise.
         layers: names by which adapters may call the list of layers.
         interleaved: whether the rows of a projection of two sites alternate; otherwise those of the
             second follow those of the first.
@@ -69,6 +83,8 @@ class ModuleNames:
     projections: Mapping[str, tuple[str, ...]]
     expert_parameters: tuple[str, str]
     fused_experts: str = "mlp.experts"
+    fused_router: str = "mlp.gate"
+    outside: Mapping[str, str] = field(default_factory=lambda: _OUTSIDE)
     layers: tuple[str, ...] = (
         "model.layers",
         "model.language_model.layers",
@@ -86,6 +102,8 @@ class ModuleNames:
         found = self._module.fullmatch(module)
         if found is None:
             return None
+        if found["outside"]:
+            return ModulePlace((LINEAR,), 0, module, (self.outside[found["outside"]],))
         layer, expert = int(found["layer"]), found["expert"]
         if found["linear"]:
             return ModulePlace((LINEAR,), layer, module, (self.linear[found["linear"]],))
@@ -112,7 +130,8 @@ class ModuleNames:
         # No leading zeros, so that an index has one spelling and a module has one name.
         index = r"0|[1-9][0-9]{0,8}"
         return re.compile(
-            rf"(?:{_any_of(self.layers)})\.(?P<layer>{index})\."
+            rf"(?P<outside>{_any_of(self.outside)})"
+            rf"|(?:{_any_of(self.layers)})\.(?P<layer>{index})\."
             rf"(?:(?P<linear>{_any_of(self.linear)})"
             rf"|(?:{_any_of(self.experts)})(?:\.(?P<expert>{index}))?"
             rf"(?:\.(?P<projection>{_any_of(self.projections)})|(?P<wrapped>\.base_layer))?)"
@@ -126,7 +145,7 @@ def _any_of(names: Iterable[str]) -> str:
 #: Qwen3-MoE, as transformers v4 (per expert), transformers v5 (fused parameters) and Megatron (w1,
 #: w3, w2) name its modules.
 QWEN3_MOE_NAMES = ModuleNames(
-    linear={f"self_attn.{site}": site for site in ("q_proj", "k_proj", "v_proj", "o_proj")},
+    linear=_ATTENTION | {"mlp.gate": "router"},
     experts=("mlp.experts",),
     projections={
         "gate_proj": ("gate_proj",),
@@ -142,7 +161,7 @@ QWEN3_MOE_NAMES = ModuleNames(
 
 #: Mixtral: transformers v4 says ``block_sparse_moe`` and w1, w3, w2; v5 says ``mlp`` and fuses.
 MIXTRAL_NAMES = ModuleNames(
-    linear={f"self_attn.{site}": site for site in ("q_proj", "k_proj", "v_proj", "o_proj")},
+    linear=_ATTENTION | {"block_sparse_moe.gate": "router", "mlp.gate": "router"},
     experts=("block_sparse_moe.experts", "mlp.experts"),
     projections={
         "w1": ("gate_proj",),
@@ -158,7 +177,7 @@ MIXTRAL_NAMES = ModuleNames(
 
 #: gpt-oss, whose expert parameters have gate and up in alternating rows.
 GPT_OSS_NAMES = ModuleNames(
-    linear={f"self_attn.{site}": site for site in ("q_proj", "k_proj", "v_proj", "o_proj")},
+    linear=_ATTENTION | {"mlp.router": "router"},
     experts=("mlp.experts",),
     projections={
         "gate_proj": ("gate_proj",),
@@ -167,6 +186,7 @@ GPT_OSS_NAMES = ModuleNames(
         "down_proj": ("down_proj",),
     },
     expert_parameters=("gate_up_proj", "down_proj"),
+    fused_router="mlp.router",
     interleaved=True,
     in_features_first=True,
 )

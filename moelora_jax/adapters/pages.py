@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
 
-from moelora_jax.adapters.adapter import Adapter, LowRankUpdate, Target
+from moelora_jax.adapters.adapter import Adapter, LowRankUpdate, Target, factor_key
 from moelora_jax.config import LoraConfig, LoraSite, pages_of_rank
 from moelora_jax.errors import AdapterError, CapacityError
 from moelora_kernels.types import PAGE_ROWS, SitePages
@@ -66,9 +66,6 @@ class PackedAdapter:
         rank: its largest rank.
         pages: for every pool width, ``[pages, 16, width]`` in the pool's dtype, read-only.
         tables: for every site, the table of one slot, whose entries number the pages in ``pages``.
-        ranks: for every site, int32 ``[layers, experts]``: the rank of each update, 0 where there
-            is none.
-        scalings: for every site, float64 ``[layers, experts]``: what ``tables`` has in float32.
     """
 
     layout: str
@@ -76,8 +73,6 @@ class PackedAdapter:
     rank: int
     pages: Mapping[int, np.ndarray]
     tables: Mapping[str, SiteTable[np.ndarray]]
-    ranks: Mapping[str, np.ndarray]
-    scalings: Mapping[str, np.ndarray]
 
     @property
     def pages_by_width(self) -> dict[int, int]:
@@ -92,8 +87,7 @@ class PackedAdapter:
     @property
     def num_bytes(self) -> int:
         """Bytes of pages and tables: what the adapter takes in host memory."""
-        tables = jax.tree.leaves((self.tables, self.ranks, self.scalings))
-        return self.page_bytes + sum(array.nbytes for array in tables)
+        return self.page_bytes + sum(array.nbytes for array in jax.tree.leaves(self.tables))
 
 
 class PoolUsage(NamedTuple):
@@ -243,6 +237,9 @@ class PagePool:
         self._site_of_name = {site.name: site for site in self.sites}
         if len(self._site_of_name) != len(self.sites):
             raise ValueError(f"site names repeat: {[site.name for site in self.sites]}")
+        self._option_of_site = {
+            site.name: "optional_sites" if site.optional else "sites" for site in sites
+        }
 
         totals = pool_pages(self.sites, lora)
         self._allocators = {width: PageAllocator(total) for width, total in totals.items()}
@@ -295,31 +292,33 @@ class PagePool:
     def pack(self, adapter: Adapter) -> PackedAdapter:
         """Validates an adapter and lays its factors out as pages, in host memory only.
 
-        A factor that several updates share, as the same array object, is stored once.
+        A factor that several updates share, in the same memory, is stored once.
 
         Raises:
             AdapterError: an update is of a site, layer or expert that has no pages here, its
-                factors have the wrong shape, or a number is not finite in the pool's dtype.
+                factors have the wrong shape, a number is not finite in the pool's dtype, or copies
+                of base weights were not compared with the model.
             CapacityError: a rank is above ``lora.max_rank``.
         """
         tables = {site.name: _empty_table(site, self.lora.max_pages) for site in self.sites}
-        ranks = {name: np.zeros(t.scaling.shape, np.int32) for name, t in tables.items()}
-        scalings = {name: np.zeros(t.scaling.shape, np.float64) for name, t in tables.items()}
         factors: dict[int, list[_Factor]] = {width: [] for width in self.pools}
         num_pages = dict.fromkeys(self.pools, 0)
-        numbers_of_factor: dict[tuple[int, int], np.ndarray] = {}
+        numbers_of_factor: dict[tuple[object, ...], np.ndarray] = {}
+        for name in adapter.base_weights:
+            raise AdapterError(
+                f"adapter from {adapter.source}: it holds a copy of the base model's {name}, which "
+                "must be compared with the model: use Adapter.compared, or load it with LLM"
+            )
 
         for target, update in adapter.updates.items():
             site = self._check_update(adapter, target, update)
             row, table = site.layers.index(target.layer), tables[site.name]
             table.scaling[row, target.expert] = update.scaling
-            scalings[site.name][row, target.expert] = update.scaling
-            ranks[site.name][row, target.expert] = update.rank
             count = pages_of_rank(update.rank)
-            for side, array in ((_A, update.a), (_B, update.b)):
-                key = side, id(array)
+            for side, rows in enumerate(update.factors):
+                key = factor_key(rows)
                 if key not in numbers_of_factor:
-                    factor = _Factor(array if side == _A else array.T, target, side)
+                    factor = _Factor(rows, target, side)
                     width = factor.rows.shape[1]
                     first = num_pages[width]
                     numbers_of_factor[key] = np.arange(first, first + count, dtype=np.int32)
@@ -328,39 +327,7 @@ class PagePool:
                 table.pages[row, side, :count, target.expert] = numbers_of_factor[key]
 
         pages = {width: self._pack_pages(adapter, factors[width], width) for width in self.pools}
-        return PackedAdapter(
-            layout=adapter.layout,
-            source=adapter.source,
-            rank=adapter.max_rank,
-            pages=pages,
-            tables=tables,
-            ranks=ranks,
-            scalings=scalings,
-        )
-
-    def unpack(self, packed: PackedAdapter) -> Adapter:
-        """The inverse of :meth:`pack`: factors in the pool's dtype, shared ones the same array."""
-        factors: dict[tuple[int, int, int, int], np.ndarray] = {}
-
-        def factor(side: int, width: int, numbers: np.ndarray, rank: int) -> np.ndarray:
-            key = side, width, int(numbers[0]), rank
-            if key not in factors:
-                numbers = numbers[: pages_of_rank(rank)]
-                rows = packed.pages[width][numbers].reshape(-1, width)[:rank]
-                factors[key] = rows if side == _A else rows.T
-            return factors[key]
-
-        updates = {}
-        for site in self.sites:
-            pages, ranks = packed.tables[site.name].pages, packed.ranks[site.name]
-            for row, expert in np.argwhere(ranks).tolist():
-                rank = int(ranks[row, expert])
-                updates[Target(site.layers[row], site.name, expert)] = LowRankUpdate(
-                    a=factor(_A, site.in_features, pages[row, _A, :, expert], rank),
-                    b=factor(_B, site.out_features, pages[row, _B, :, expert], rank),
-                    scaling=float(packed.scalings[site.name][row, expert]),
-                )
-        return Adapter(packed.layout, updates, packed.source)
+        return PackedAdapter(adapter.layout, adapter.source, adapter.max_rank, pages, tables)
 
     def shortage(self, packed: Collection[PackedAdapter], clearing: Collection[int] = ()) -> str:
         """What is missing to write all of ``packed`` once the slots ``clearing`` are cleared.
@@ -423,20 +390,6 @@ class PagePool:
         for width, rows in self._rows_of_slot.pop(slot).items():
             self._allocators[width].free(rows)
 
-    def read(self, slot: int) -> dict[int, np.ndarray]:
-        """Copies the pages of a slot from the device: ``pages`` of the packed adapter in it."""
-        self._check_slot(slot)
-        copies = {}
-        for width, rows in self._rows_of_slot[slot].items():
-            chunk = self._chunk_pages[width]
-            parts = [
-                np.asarray(self.pools[width][rows[start : start + chunk]])
-                for start in range(0, len(rows), chunk)
-            ]
-            nothing = np.empty((0, PAGE_ROWS, width), self.dtype)
-            copies[width] = np.concatenate([nothing, *parts])
-        return copies
-
     def free_slots(self) -> list[int]:
         """Slots that hold no adapter, ascending."""
         return [slot for slot in range(self.lora.max_adapters) if slot not in self._rows_of_slot]
@@ -486,7 +439,9 @@ class PagePool:
         site = self._site_of_name.get(target.site)
         if site is None:
             enabled = ", ".join(self._site_of_name)
-            raise AdapterError(f"{where}: the site has no pages; enabled sites: {enabled}")
+            option = self._option_of_site.get(target.site)
+            hint = f"add it to LoraConfig.{option}; " if option else ""
+            raise AdapterError(f"{where}: the site has no pages; {hint}enabled sites: {enabled}")
         if target.layer not in site.layers:
             raise AdapterError(f"{where}: the site exists in layers {site.layers} only")
         if not 0 <= target.expert < site.table_experts:

@@ -5,7 +5,8 @@ safetensors is read, never a pickle.
 
 Layouts that are read (:mod:`~moelora_jax.adapters.layouts` has them as a table):
 
-* **linear**: A ``[rank, in]`` and B ``[out, rank]`` of an ordinary linear layer;
+* **linear**: A ``[rank, in]`` and B ``[out, rank]`` of an ordinary linear layer, or the same as
+  ``lora_embedding_A`` and ``lora_embedding_B`` of an embedding, whose input is the vocabulary;
 * **per_expert**: the same for a projection of one expert; a ``gate_up_proj`` is both projections,
   which share its A;
 * **peft_fused**: a parameter of all experts, as PEFT 0.19 and later save ``target_parameters``:
@@ -24,11 +25,14 @@ layouts, but not both of peft_fused and peft_fused_0_18, nor both of stacked and
 
 Layers, experts and projections without tensors are not changed. A tensor's rank must be what the
 config says after its patterns: no convention that divides or multiplies it for experts is accepted.
+
+PEFT saves the base model's matrix (``base_layer.weight``) beside the factors of an embedding or a
+head. These copies are kept for whoever knows the model to compare.
 """
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple, NoReturn
 
@@ -39,6 +43,7 @@ from moelora_jax.adapters.adapter_config import AdapterConfig, read_adapter_conf
 from moelora_jax.adapters.layouts import (
     EXPERT_LAYOUTS,
     LINEAR,
+    LINEAR_TRANSPOSED,
     PEFT_FUSED,
     PEFT_FUSED_0_18,
     FactorLayout,
@@ -48,7 +53,7 @@ from moelora_jax.adapters.layouts import (
 )
 from moelora_jax.adapters.module_names import QWEN3_MOE_NAMES, ModuleNames, ModulePlace
 from moelora_jax.config import LoraSite
-from moelora_jax.errors import AdapterError, LayoutError
+from moelora_jax.errors import AdapterError
 from moelora_jax.safetensors_file import SafetensorsFile
 
 __all__ = ["QWEN3_MOE_NAMES", "ModuleNames", "read_adapter"]
@@ -56,15 +61,16 @@ __all__ = ["QWEN3_MOE_NAMES", "ModuleNames", "read_adapter"]
 _WEIGHTS = "adapter_model.safetensors"
 
 _FACTOR = re.compile(
-    r"(?:base_model\.model\.)?(?P<module>.+)\.lora_(?P<factor>[AB])(?:\.default)?(?:\.weight)?"
+    r"(?:base_model\.model\.)?(?P<module>.+)\.lora_(?P<embedding>embedding_)?(?P<factor>[AB])"
+    r"(?:\.default)?(?:\.weight)?"
 )
+_BASE_WEIGHT = re.compile(r"(?:base_model\.model\.)?(?P<module>.+)\.base_layer\.weight")
 
 #: What a tensor of another name is: the first expression that is found in it tells.
 _OTHER_TENSORS = {
     r"\.lora_magnitude_vector": "the magnitude vector of DoRA",
-    r"\.lora_embedding_[AB]": "LoRA on an embedding",
     r"\.lora_B\..*bias$": "a bias of lora_B",
-    r"\.lora_[AB]\.": "a factor of an adapter that is not called 'default'",
+    r"\.lora_(embedding_)?[AB]\.": "a factor of an adapter that is not called 'default'",
     r"\.bias$": "a replacement of a bias of the model",
     r"\.weight$": "a replacement of a weight of the model (modules_to_save)",
     r"": "nothing known",
@@ -75,6 +81,7 @@ class _Pair(NamedTuple):
     """The two factors of a module: the names of their tensors and their shapes."""
 
     module: str
+    is_embedding: bool
     a: str
     b: str
     a_shape: tuple[int, ...]
@@ -155,18 +162,20 @@ def read_adapter(
         experts or projections share is the same view in each of them.
 
     Raises:
-        LayoutError: the layout is unknown, in doubt, or not the one asked for.
-        AdapterError: a file is missing or damaged; an option or dtype is not supported; a tensor is
-            unknown, unpaired, not finite, or its shape contradicts the model or the config; or the
-            config names a target that has no tensors.
+        AdapterError: if a file is missing or damaged; an option or dtype is not supported; the
+            layout is unknown, in doubt, or not the one asked for; a tensor is unknown, unpaired,
+            not finite, or its shape contradicts the model or the config; or the config names a
+            target that has no tensors.
     """
     if layout not in (None, *EXPERT_LAYOUTS):
-        raise LayoutError(f"layout {layout!r} is not one of {', '.join(EXPERT_LAYOUTS)}")
+        raise AdapterError(f"layout {layout!r} is not one of {', '.join(EXPERT_LAYOUTS)}")
     folder = Path(folder)
     config = read_adapter_config(folder)
     with SafetensorsFile(adapter_weights(folder), AdapterError) as file:
-        found, updates = _Reader(file, config, sites, module_names, layout).read()
-    return Adapter(found, updates, source=str(folder))
+        reader = _Reader(file, config, sites, module_names, layout)
+        found, updates = reader.read()
+        copies = reader.base_weights()
+    return Adapter(found, updates, source=str(folder), base_weights=copies)
 
 
 def adapter_weights(folder: Path) -> Path:
@@ -221,6 +230,7 @@ class _Reader:
                 if target in updates:
                     self._fail(change.pair.a, f"changes the same as {tensors[target]!r}: {target}")
                 updates[target], tensors[target] = update, change.pair.a
+        self._tie(updates, tensors)
         found = {layout.name for layout in layouts.values()}
         return "+".join(name for name in (LINEAR.name, *EXPERT_LAYOUTS) if name in found), updates
 
@@ -228,29 +238,35 @@ class _Reader:
 
     def _pairs(self) -> list[_Pair]:
         """All tensors of the file, each A with its B."""
-        factors: dict[str, dict[str, str]] = {}
+        factors: dict[tuple[str, bool], dict[str, str]] = {}
         for tensor in self.file.headers:
+            if self._site_of_base_weight(tensor) is not None:
+                continue
             name = _FACTOR.fullmatch(tensor)
             if name is None:
                 kinds = (kind for part, kind in _OTHER_TENSORS.items() if re.search(part, tensor))
                 self._fail(tensor, f"is {next(kinds)}: not supported")
-            other = factors.setdefault(name["module"], {}).setdefault(name["factor"], tensor)
+            key = name["module"], bool(name["embedding"])
+            other = factors.setdefault(key, {}).setdefault(name["factor"], tensor)
             if other != tensor:
                 self._fail(tensor, f"is the same factor as {other!r}")
         pairs = []
-        for module, names in factors.items():
+        for (module, is_embedding), names in factors.items():
             if len(names) < 2:
                 (missing,) = {"A", "B"} - names.keys()
                 (tensor,) = names.values()
-                self._fail(tensor, f"has no lora_{missing} beside it")
+                kind = "lora_embedding" if is_embedding else "lora"
+                self._fail(tensor, f"has no {kind}_{missing} beside it")
             shapes = (self.file.headers[names[factor]].shape for factor in "AB")
-            pairs.append(_Pair(module, names["A"], names["B"], *shapes))
+            pairs.append(_Pair(module, is_embedding, names["A"], names["B"], *shapes))
         return pairs
 
     def _place(self, pair: _Pair) -> ModulePlace:
         place = self.names.locate(pair.module)
         if place is None:
             self._fail(pair.a, "is for a module that adapters of this model cannot change")
+        if pair.is_embedding and not self._is_embedding(place):
+            self._fail(pair.a, "is LoRA on an embedding, which this module is not")
         if not place.layouts:
             self._check_absent(pair, place)
             return place
@@ -285,9 +301,15 @@ class _Reader:
         experts = every if place.expert is None else (place.expert,)
         # PEFT can adapt the weight of a linear layer as a parameter; the tensors are the same.
         weight = f"{place.module}.weight"
-        name = weight if self.config.targets_parameter(weight) else place.module
+        is_parameter = self.config.targets_parameter(weight)
+        name = weight if is_parameter else place.module
+        layouts = place.layouts
+        if sites[0].is_embedding and not pair.is_embedding:
+            if not is_parameter:
+                self._fail(pair.a, "is of an embedding, where it should be called lora_embedding_A")
+            layouts = (LINEAR_TRANSPOSED,)
         rank = self.config.rank_of(name)
-        return _Change(pair, place.layouts, place.layer, name, sites, experts, rank)
+        return _Change(pair, layouts, place.layer, name, sites, experts, rank)
 
     def _fused_change(self, pair: _Pair, place: ModulePlace, other: _Pair | None) -> _Change:
         """The change of a parameter of all experts.
@@ -379,16 +401,14 @@ class _Reader:
 
     def _layout(self, change: _Change, told: Mapping[FactorLayout, str]) -> FactorLayout:
         first = change.layouts[0]
-        if self.asked and first is not LINEAR:
+        if self.asked and first.name != LINEAR.name:
             name = self.asked
         else:
             name = told.get(first) or self._layout_by_version(change)
         for layout in change.layouts:
             if layout.name == name:
                 return layout
-        self._fail(
-            change.pair.a, f"cannot be of the layout {name}, which was asked for", LayoutError
-        )
+        self._fail(change.pair.a, f"cannot be of the layout {name}, which was asked for")
 
     def _layout_by_version(self, change: _Change) -> str:
         """The layout's name if no shape in the file tells it."""
@@ -403,7 +423,6 @@ class _Reader:
                 "is of a square matrix, where PEFT before 0.19 exchanges A and B: peft_version in "
                 f"{self.config.path.name} must tell, and is {self.config.peft_version!r}; or ask "
                 f"for layout {PEFT_FUSED.name!r} or {PEFT_FUSED_0_18.name!r}",
-                LayoutError,
             )
         return PEFT_FUSED_0_18.name if exchanges else PEFT_FUSED.name
 
@@ -417,16 +436,14 @@ class _Reader:
             wrong = wrong_axes(axes, shape, change.sizes)
             if not wrong:
                 continue
-            error = AdapterError
             if all("r" in axis for axis in wrong):
                 reason = f"{self.config.path.name} gives {change.name} rank {change.rank}"
             elif self.asked:
                 reason = f"the layout {self.asked}, which was asked for, does not fit"
-                error = LayoutError
             else:
                 reason = "this looks like an adapter for another model"
             expected = shape_of(axes, change.sizes)
-            self._fail(tensor, f"has shape {shape}, expected {expected}: {reason}", error)
+            self._fail(tensor, f"has shape {shape}, expected {expected}: {reason}")
 
     # From changes to arrays.
 
@@ -459,10 +476,67 @@ class _Reader:
             self._fail(tensor, f"is {array[index]} at {index}: all values must be finite")
         return array
 
+    # Embedding and head.
+
+    def base_weights(self) -> dict[str, np.ndarray]:
+        """The copies of the base model's matrices that the file holds, by site name."""
+        copies: dict[str, np.ndarray] = {}
+        names: dict[str, str] = {}
+        for tensor, header in self.file.headers.items():
+            site = self._site_of_base_weight(tensor)
+            if site is None:
+                continue
+            shape = (site.out_features, site.in_features)
+            shape = shape[::-1] if site.is_embedding else shape
+            if header.shape != shape:
+                self._fail(
+                    tensor,
+                    f"has shape {header.shape}, expected {shape}: this looks like an adapter that "
+                    "adds vocabulary, or for another model",
+                )
+            if site.name in names:
+                self._fail(tensor, f"is the same matrix as {names[site.name]!r}")
+            copies[site.name], names[site.name] = self.file.read(tensor), tensor
+        return copies
+
+    def _site_of_base_weight(self, tensor: str) -> LoraSite | None:
+        """The site outside of the layers whose base matrix this is; None for other tensors."""
+        found = _BASE_WEIGHT.fullmatch(tensor)
+        name = None if found is None else self.names.outside.get(found["module"])
+        return None if name is None else self.sites.get(name)
+
+    def _is_embedding(self, place: ModulePlace) -> bool:
+        return any(self.sites[site].is_embedding for site in place.sites if site in self.sites)
+
+    def _tie(self, updates: dict[Target, LowRankUpdate], tensors: Mapping[Target, str]) -> None:
+        """Check that what ``ensure_weight_tying`` ties changes alike, and store it once."""
+        if not self.config.ensure_weight_tying:
+            return
+        for site in self.sites.values():
+            if site.tied_to is None:
+                continue
+            mine, other = Target(0, site.name, 0), Target(0, site.tied_to, 0)
+            for target, counterpart in ((mine, other), (other, mine)):
+                if target in updates and counterpart not in updates:
+                    self._fail(
+                        tensors[target],
+                        f"has no counterpart for {counterpart.site}, and ensure_weight_tying in "
+                        f"{self.config.path.name} says that both change alike",
+                    )
+            if mine in updates:
+                a, b = updates[other].b.T, updates[other].a.T
+                if not (np.array_equal(updates[mine].a, a) and np.array_equal(updates[mine].b, b)):
+                    self._fail(
+                        tensors[mine],
+                        f"or its lora_B is not the transpose of {other.site}'s, but "
+                        f"ensure_weight_tying in {self.config.path.name} says that it is",
+                    )
+                updates[mine] = replace(updates[mine], a=a, b=b)
+
     # Errors.
 
-    def _fail(self, tensor: str, reason: str, error: type[AdapterError] = AdapterError) -> NoReturn:
-        raise error(f"{self.file.path}: tensor {tensor!r} {reason}")
+    def _fail(self, tensor: str, reason: str) -> NoReturn:
+        raise AdapterError(f"{self.file.path}: tensor {tensor!r} {reason}")
 
 
 def _of_each_expert(factors: np.ndarray, change: _Change) -> list[np.ndarray]:

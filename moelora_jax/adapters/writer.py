@@ -47,6 +47,7 @@ class _Module:
         b: the tensor lora_B.
         rank: of each update in it.
         scaling: of each update in it.
+        is_embedding: whether PEFT adapts it as an embedding.
     """
 
     tensors: str
@@ -59,11 +60,18 @@ class _Module:
     b: np.ndarray
     rank: int
     scaling: float
+    is_embedding: bool = False
 
     @property
     def short_name(self) -> str:
-        """The last part of the name: ``q_proj``, ``gate_up_proj``."""
-        return self.name.rpartition(".")[2]
+        """The last part of the name: ``q_proj``, ``gate_up_proj``, ``gate.weight``."""
+        parts = self.name.split(".")
+        return ".".join(parts[-2:] if parts[-1] == "weight" else parts[-1:])
+
+    def tensor(self, factor: str) -> str:
+        """The name of the tensor that holds factor A or B."""
+        kind = f"lora_embedding_{factor}" if self.is_embedding else f"lora_{factor}.weight"
+        return f"base_model.model.{self.tensors}.{kind}"
 
 
 def save_adapter(
@@ -82,12 +90,10 @@ def save_adapter(
     The folder appears complete or not at all.
 
     ``peft_fused`` can be loaded by PEFT 0.19 and later, with transformers 5. There all experts of
-    a layer have one rank and one scaling, and gate and up have one A. So where an adapter has two
-    of them, they are stacked along the rank, and what does not belong together in B is zero, as
-    PEFT itself does; smaller ranks are filled up with zeros, and so are experts without an update.
-    ``per_expert`` has no such limits. A factor that several matrices share is written once for each
-    of them, unless gate and up share their A in ``peft_fused``. Dense layers are written in the
-    same way by both.
+    a layer have the same rank and scaling, gate and up have the same A, and an expert without an
+    update is written as zeros. ``per_expert`` has no such limits; an A that several matrices share
+    is written once for each of them. Dense layers are written in the same way by both, but for the
+    router, which is a parameter for transformers 5. Copies of base weights are written as they are.
 
     Args:
         folder: must not exist, or be empty.
@@ -99,17 +105,18 @@ def save_adapter(
 
     Raises:
         AdapterError: the folder is not empty; the adapter changes nothing, contradicts the sites or
-            is not finite; or experts of one layer differ in scaling or dtype, and the layout is
-            ``peft_fused``.
+            is not finite; or the layout cannot express it.
     """
     _check(adapter, sites)
     writer = _Writer(adapter, {site.name: site for site in sites}, module_names)
     modules = writer.modules(layout)
     tensors = {
-        f"base_model.model.{module.tensors}.lora_{factor}.weight": np.ascontiguousarray(array)
+        module.tensor(factor): np.ascontiguousarray(array)
         for module in modules
         for factor, array in (("A", module.a), ("B", module.b))
     }
+    for site, weight in adapter.base_weights.items():
+        tensors[f"base_model.model.{writer.path_outside[site]}.base_layer.weight"] = weight
     config = _config(modules, sites, module_names) | {"base_model_name_or_path": base_model}
     with new_folder(Path(folder), AdapterError) as new:
         (new / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n", "utf-8")
@@ -154,7 +161,9 @@ class _Writer:
         self.updates = adapter.updates
         self.sites = sites
         self.names = names
-        self.path_of_linear = {site: path for path, site in names.linear.items()}
+        # The first path of a site is the one that counts.
+        self.path_of_linear = {site: path for path, site in reversed(tuple(names.linear.items()))}
+        self.path_outside = {site: path for path, site in reversed(tuple(names.outside.items()))}
         self.projection_of_site: dict[str, str] = {}
         for name, made_of in names.projections.items():
             if len(made_of) == 1:
@@ -164,7 +173,7 @@ class _Writer:
         """All pairs of tensors, in order of the model."""
         dense = [t for t in self.updates if not self.sites[t.site].num_experts]
         experts = [t for t in self.updates if self.sites[t.site].num_experts]
-        modules = [self._linear(target) for target in dense]
+        modules = [self._linear(target, layout) for target in dense]
         if layout == "per_expert":
             modules += [self._expert(target) for target in experts]
         else:
@@ -173,7 +182,13 @@ class _Writer:
         order = list(self.sites)
         return sorted(modules, key=lambda m: (m.layer, order.index(m.site), m.expert or 0))
 
-    def _linear(self, target: Target) -> _Module:
+    def _linear(self, target: Target, layout: Layout) -> _Module:
+        if target.site in self.path_outside:
+            path = self.path_outside[target.site]
+            return self._matrix(target, path, path, None)
+        if target.site == "router" and layout == "peft_fused":
+            path = f"{self._layer(target.layer)}.{self.names.fused_router}"
+            return self._matrix(target, path, f"{path}.weight", None, is_parameter=True)
         if target.site not in self.path_of_linear:
             _fail(target, "has no name in adapter files of this family of models")
         path = f"{self._layer(target.layer)}.{self.path_of_linear[target.site]}"
@@ -186,7 +201,15 @@ class _Writer:
         name = f"{experts}.{{expert}}.{self.projection_of_site[target.site]}"
         return self._matrix(target, name.format(expert=target.expert), name, target.expert)
 
-    def _matrix(self, target: Target, tensors: str, name: str, expert: int | None) -> _Module:
+    def _matrix(
+        self,
+        target: Target,
+        tensors: str,
+        name: str,
+        expert: int | None,
+        *,
+        is_parameter: bool = False,
+    ) -> _Module:
         update = self.updates[target]
         return _Module(
             tensors=tensors,
@@ -194,11 +217,12 @@ class _Writer:
             site=target.site,
             layer=target.layer,
             expert=expert,
-            is_parameter=False,
+            is_parameter=is_parameter,
             a=update.a,
             b=update.b,
             rank=update.rank,
             scaling=update.scaling,
+            is_embedding=self.sites[target.site].is_embedding,
         )
 
     def _fused(self, layer: int) -> Iterator[_Module]:
@@ -212,7 +236,8 @@ class _Writer:
         for parameter, updates in updates_of.items():
             # PEFT wraps the second parameter's layer around the first one's.
             is_inner = len(updates_of) == 2 and parameter == self.names.expert_parameters[0]
-            rank, a, b = self._fuse(parameter, updates)
+            a, b = self._fuse(parameter, updates)
+            first = next(iter(updates.values()))
             yield _Module(
                 tensors=f"{experts}.base_layer" if is_inner else experts,
                 name=f"{experts}.{parameter}",
@@ -222,8 +247,8 @@ class _Writer:
                 is_parameter=True,
                 a=a,
                 b=b,
-                rank=rank,
-                scaling=next(iter(updates.values())).scaling,
+                rank=first.rank,
+                scaling=first.scaling,
             )
 
     def _updates_of_parameter(self, layer: int, parameter: str) -> dict[Target, LowRankUpdate]:
@@ -237,32 +262,27 @@ class _Writer:
 
     def _fuse(
         self, parameter: str, updates: Mapping[Target, LowRankUpdate]
-    ) -> tuple[int, np.ndarray, np.ndarray]:
-        """Rank, A ``[experts·rank, in]`` and B ``[out, rank·experts]`` of a parameter of all."""
-        names = self.names.projections[parameter]
-        experts, in_features = self.sites[names[0]].num_experts, self.sites[names[0]].in_features
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """A ``[experts·rank, in]`` and B ``[out, rank·experts]`` of a parameter of all experts."""
+        sites = [self.sites[site] for site in self.names.projections[parameter]]
         first = next(iter(updates))
-        # Where the ranks of each A begin; projections of an expert with equal ones share them.
-        starts: dict[tuple[int, bytes], int] = {}
-        ranks = [0] * experts
+        rank, dtypes = updates[first].rank, (updates[first].a.dtype, updates[first].b.dtype)
+        experts = sites[0].num_experts
+        a = np.zeros((experts, rank, sites[0].in_features), dtypes[0])
+        b = np.zeros((len(sites), sites[0].out_features, rank, experts), dtypes[1])
+        seen: dict[int, Target] = {}
         for target, update in updates.items():
             _check_uniform(parameter, target, update, first, updates[first])
-            key = target.expert, update.a.tobytes()
-            if key not in starts:
-                starts[key] = ranks[target.expert]
-                ranks[target.expert] += update.rank
-        rank = max(ranks)
-        a = np.zeros((experts, rank, in_features), updates[first].a.dtype)
-        out_features = self.sites[names[0]].out_features
-        b = np.zeros((len(names), out_features, rank, experts), updates[first].b.dtype)
-        for target, update in updates.items():
-            start = starts[target.expert, update.a.tobytes()]
-            part = slice(start, start + update.rank)
-            a[target.expert, part] = update.a
-            b[names.index(target.site), :, part, target.expert] = update.b
+            other = seen.setdefault(target.expert, target)
+            if update.a.tobytes() != updates[other].a.tobytes():
+                _refuse_fused(
+                    target, f"has another A than {other.site}, and {parameter} has one for both"
+                )
+            a[target.expert] = update.a
+            b[self.names.projections[parameter].index(target.site), :, :, target.expert] = update.b
         # Rows of two projections alternate, or follow each other.
         rows = b.swapaxes(0, 1) if self.names.interleaved else b
-        return rank, a.reshape(experts * rank, -1), rows.reshape(-1, rank * experts)
+        return a.reshape(experts * rank, -1), rows.reshape(-1, rank * experts)
 
     def _layer(self, layer: int) -> str:
         return f"{self.names.layers[0]}.{layer}"
@@ -271,17 +291,18 @@ class _Writer:
 def _check_uniform(
     parameter: str, target: Target, update: LowRankUpdate, first: Target, model: LowRankUpdate
 ) -> None:
-    """One parameter has one scaling and one dtype."""
+    """One parameter has one rank, one scaling and one dtype."""
     for what, value, expected in (
+        ("rank", update.rank, model.rank),
         ("scaling", update.scaling, model.scaling),
         ("dtype", update.a.dtype, model.a.dtype),
         ("dtype", update.b.dtype, model.b.dtype),
     ):
         if value != expected:
-            _fail(
+            _refuse_fused(
                 target,
                 f"has {what} {value}, but {first.site} of expert {first.expert} has {expected}, "
-                f"and {parameter} has one for all; write it with layout='per_expert'",
+                f"and {parameter} has one for all",
             )
 
 
@@ -382,7 +403,7 @@ def _targets(
         if module.expert is not None or (everywhere and not module.is_parameter):
             name = module.short_name
         elif everywhere:
-            name = f"{names.fused_experts}.{module.short_name}"
+            name = module.name.removeprefix(f"{names.layers[0]}.{module.layer}.")
         else:
             name = module.name
         targets[name] = module.is_parameter
@@ -392,3 +413,7 @@ def _targets(
 def _fail(target: Target, reason: str) -> NoReturn:
     layer, site, expert = target
     raise AdapterError(f"layer {layer}, {site}, expert {expert}: {reason}")
+
+
+def _refuse_fused(target: Target, reason: str) -> NoReturn:
+    _fail(target, f"{reason}; write it with layout='per_expert'")

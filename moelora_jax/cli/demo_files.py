@@ -55,6 +55,8 @@ class AdapterKind:
 
     def changes(self, site: LoraSite) -> bool:
         """Whether adapters of this kind change a site."""
+        if site.optional:
+            return False
         return self.experts if site.num_experts else self.attention
 
 

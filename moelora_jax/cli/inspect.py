@@ -4,6 +4,7 @@ import json
 import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from math import prod
 from pathlib import Path
 from typing import Annotated, Any
@@ -13,11 +14,10 @@ from rich.table import Table
 
 from moelora_jax.adapters.adapter import Adapter
 from moelora_jax.adapters.adapter_config import AdapterConfig, read_adapter_config
-from moelora_jax.adapters.layouts import ExpertLayout
 from moelora_jax.adapters.pages import pool_pages
 from moelora_jax.adapters.reader import adapter_weights, read_adapter
 from moelora_jax.cli.limits import count_pages
-from moelora_jax.cli.options import Dtype, layout_errors_name
+from moelora_jax.cli.options import Dtype
 from moelora_jax.cli.output import format_bytes, make_table, stdout
 from moelora_jax.config import LoraConfig, LoraSite
 from moelora_jax.errors import AdapterError
@@ -36,10 +36,6 @@ def inspect(
         typer.Option(
             metavar="DIR", help="Checkpoint folder; its config.json is enough, no weight is read."
         ),
-    ] = None,
-    layout: Annotated[
-        ExpertLayout | None,
-        typer.Option(help="Of the experts, where reading with --model asks for it."),
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
     dtype: Annotated[Dtype, typer.Option(help="Of the pages.")] = Dtype.BFLOAT16,
@@ -60,7 +56,7 @@ def inspect(
     limits = LoraConfig(max_adapters=max_adapters, max_rank=max_rank, pool_rank=pool_rank)
     report = _describe_files(adapter)
     if model is not None:
-        report |= _describe_fit(adapter, model, layout, limits, dtype)
+        report |= _describe_fit(adapter, model, limits, dtype)
     if as_json:
         typer.echo(json.dumps(report, indent=2, ensure_ascii=False))
     else:
@@ -130,21 +126,21 @@ def _group(shapes: dict[str, tuple[int, ...]]) -> list[dict[str, Any]]:
 # What the model says to that.
 
 
-def _describe_fit(
-    folder: Path, model: Path, layout: str | None, limits: LoraConfig, dtype: Dtype
-) -> dict[str, Any]:
+def _describe_fit(folder: Path, model: Path, limits: LoraConfig, dtype: Dtype) -> dict[str, Any]:
     """Whether the adapter is one for the model, and within the limits.
 
     Raises:
         CheckpointError: the model's config.json is missing or not supported.
     """
     family, config = read_model_config(model)
-    sites = config.lora_sites()
     try:
-        with layout_errors_name("--layout LAYOUT"):
-            adapter = read_adapter(folder, sites, module_names=family.module_names, layout=layout)
+        adapter = read_adapter(folder, config.lora_sites(), module_names=family.module_names)
     except AdapterError as error:
         return {"model": str(model), "fits": False, "reasons": [str(error)]}
+    changed = {target.site for target in adapter.updates}
+    optional = [site.name for site in config.lora_sites() if site.optional]
+    limits = replace(limits, optional_sites=tuple(name for name in optional if name in changed))
+    sites = limits.select(config.lora_sites())
     needed, there = count_pages(adapter, sites), pool_pages(sites, limits)
     reasons = []
     if adapter.max_rank > limits.max_rank:

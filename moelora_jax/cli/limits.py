@@ -2,7 +2,7 @@
 
 from collections.abc import Collection, Sequence
 
-from moelora_jax.adapters.adapter import Adapter
+from moelora_jax.adapters.adapter import Adapter, factor_key
 from moelora_jax.adapters.pages import factors_by_width
 from moelora_jax.config import (
     BucketConfig,
@@ -78,15 +78,14 @@ def count_pages(adapter: Adapter, sites: Sequence[LoraSite]) -> dict[int, int]:
     """Pages that an adapter takes in the pool of each width; a shared factor takes them once."""
     site_of_name = {site.name: site for site in sites}
     counts = dict.fromkeys(factors_by_width(sites), 0)
-    seen: set[tuple[str, int]] = set()
+    seen = set()
     for target, update in adapter.updates.items():
         site = site_of_name[target.site]
-        for side, factor, width in (
-            ("A", update.a, site.in_features),
-            ("B", update.b, site.out_features),
-        ):
-            if (side, id(factor)) not in seen:
-                seen.add((side, id(factor)))
+        widths = (site.in_features, site.out_features)
+        for rows, width in zip(update.factors, widths, strict=True):
+            key = factor_key(rows)
+            if key not in seen:
+                seen.add(key)
                 counts[width] += pages_of_rank(update.rank)
     return counts
 

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +14,6 @@ from jax.typing import DTypeLike
 from moelora_jax.adapters.adapter import Adapter
 from moelora_jax.adapters.reader import read_adapter
 from moelora_jax.adapters.registry import AdapterInfo
-from moelora_jax.adapters.writer import Layout, save_adapter
 from moelora_jax.buckets import Kind
 from moelora_jax.config import ModelConfig, RuntimeConfig
 from moelora_jax.engine import engine
@@ -135,7 +135,7 @@ class LLM:
             adapter = self.read_adapter(adapter, layout=layout)
         elif layout is not None:
             raise AdapterError(f"layout {layout!r} is of folders; {name!r} is in memory already")
-        self.runner.registry.load(name, adapter, pin=pin)
+        self.runner.registry.load(name, self._compared(adapter), pin=pin)
 
     def read_adapter(self, folder: str | Path, *, layout: str | None = None) -> Adapter:
         """Read and check an adapter folder without loading it.
@@ -151,32 +151,10 @@ class LLM:
             layout=layout,
         )
 
-    def save_adapter(
-        self, name: str, folder: str | Path, *, layout: Layout, base_model: str | None = None
-    ) -> None:
-        """Write a loaded adapter to a folder, from the pages that it is held in.
-
-        Factors have the compute dtype, to which loading rounded them; loaded again they are the
-        same bits. :func:`~moelora_jax.adapters.writer.save_adapter` says what each layout does.
-
-        Args:
-            name: of the loaded adapter.
-            folder: must not exist, or be empty.
-            layout: of the experts, ``per_expert`` or ``peft_fused``.
-            base_model: name or path of the base model, which other tools show to their users.
-
-        Raises:
-            RequestError: the adapter is not loaded.
-            AdapterError: the folder is not empty, or the layout cannot express the adapter.
-        """
-        save_adapter(
-            folder,
-            self.runner.registry.adapter(name),
-            self.config.lora_sites(),
-            layout=layout,
-            module_names=self._family.module_names,
-            base_model=base_model,
-        )
+    def _compared(self, adapter: Adapter) -> Adapter:
+        """The adapter, whose copies of base weights, if it has any, are those of this model."""
+        model: Any = self.runner.model if adapter.base_weights else None
+        return adapter.compared(lambda site: np.asarray(model.base_weight(site)))
 
     def unload_adapter(self, name: str) -> None:
         """Forget an adapter; RequestError if it is not loaded."""

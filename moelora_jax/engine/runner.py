@@ -96,9 +96,12 @@ class Runner:
 
     def memory_plan(self) -> MemoryPlan:
         """Bytes on the device, by what they are for."""
+        pools = {pool.width: pool.total_bytes for pool in self.pool.usage()}
+        vocabulary_pages = pools.pop(self.config.vocab_size, 0)
         return MemoryPlan(
             weights=num_bytes(self._params),
-            adapter_pages=self.pool.total_bytes - self.pool.table_bytes,
+            adapter_pages=sum(pools.values()),
+            vocabulary_pages=vocabulary_pages,
             adapter_tables=self.pool.table_bytes,
             workspaces=num_bytes(self.state.workspace),
             kv_cache=num_bytes(self.state.cache),
@@ -122,11 +125,11 @@ class Runner:
             model: Any = nnx.merge(graph, params)
             by_site = None if pages is None else pool.by_site(pages)
             hidden = model(batch, opened.cache, opened.workspace, by_site)
-            if key.kind == "score":
-                out = model.logits(hidden)
-            else:
+            last_only = key.kind != "score"
+            out = model.logits(hidden, batch, opened.workspace, by_site, last_only=last_only)
+            if last_only:
                 out = sample(
-                    model.logits(hidden[batch.last_token]),
+                    out,
                     batch.temperature,
                     batch.top_k,
                     batch.top_p,

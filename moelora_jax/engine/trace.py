@@ -140,7 +140,7 @@ def _run(
     return _Computed(
         taps=jax.tree.map(jax.freeze, taps),
         hidden=hidden.astype(jnp.float32),
-        logits=model.logits(hidden),
+        logits=model.logits(hidden, batch, state.workspace, pages),
     )
 
 

@@ -27,9 +27,11 @@ from moelora_jax.models.layers import (
     prepare_step,
     random_param,
     rms_norm,
+    sort_by_adapter,
 )
 from moelora_jax.moe import linear
-from moelora_jax.workspace import KVCache, Workspace
+from moelora_jax.workspace import DENSE_TILE_ROWS, KVCache, Workspace
+from moelora_kernels import dense_lora, embedding_lora
 
 #: What the tensors of a layer are called.
 LAYER = "model.layers.{layer}."
@@ -77,6 +79,14 @@ class Decoder(nnx.Module):
         """
         step = prepare_step(batch, cache, workspace, pages, taps)
         x = self.embedding[batch.tokens]
+        if pages and "embed_tokens" in pages and step.adapter_sort is not None:
+            x = embedding_lora(
+                batch.tokens,
+                x,
+                pages["embed_tokens"],
+                step.adapter_sort,
+                tile_rows=DENSE_TILE_ROWS,
+            )
         # Equal layers in a row are one loop; most models are a single one.
         for is_moe, layers in groupby(range(self.config.num_layers), self._is_moe):
             members = list(layers)
@@ -90,10 +100,40 @@ class Decoder(nnx.Module):
             )
         return rms_norm(x, self.final_norm[...], self.config.norm_eps)
 
-    def logits(self, hidden: Float[Array, "rows hidden"]) -> Float[Array, "rows vocab"]:
-        """Scores of the next token, float32."""
+    def logits(
+        self,
+        hidden: Float[Array, "tokens hidden"],
+        batch: Batch,
+        workspace: Workspace,
+        pages: Pages | None,
+        *,
+        last_only: bool = False,
+    ) -> Float[Array, "rows vocab"]:
+        """Scores of the next token, float32.
+
+        Args:
+            hidden: what calling the model returned.
+            batch: the same batch.
+            workspace: references to the workspaces.
+            pages: the same adapters.
+            last_only: rows are the last tokens of the sequences; otherwise, all tokens.
+        """
+        adapter_of_row, num_rows = batch.adapter_of_token, batch.num_tokens
+        if last_only:
+            hidden = hidden[batch.last_token]
+            adapter_of_row = adapter_of_row[batch.last_token]
+            num_rows = jnp.sum(batch.query_counts > 0, dtype=jnp.int32)
+        y = linear(hidden, self.base_weight("lm_head"), dtype=jnp.float32)
+        if not pages or "lm_head" not in pages:
+            return y
+        sort = sort_by_adapter(adapter_of_row, num_rows, workspace, pages)
+        first = jnp.int32(0)
+        return dense_lora(hidden, y, pages["lm_head"], sort, first, tile_rows=DENSE_TILE_ROWS)
+
+    def base_weight(self, site: str) -> Float[Array, "vocab hidden"]:
+        """The matrix of a site outside of the layers: ``embed_tokens`` or ``lm_head``."""
         head = self.embedding if self.head is None else self.head
-        return linear(hidden, head[...], dtype=jnp.float32)
+        return {"embed_tokens": self.embedding, "lm_head": head}[site][...]
 
     def _is_moe(self, layer: int) -> bool:
         return layer in self.config.moe_layers

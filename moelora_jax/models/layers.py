@@ -103,16 +103,7 @@ def prepare_step(
     block_size = cache.keys.shape[2]
     adapter_sort = None
     if pages:
-        num_adapters = next(iter(pages.values())).num_adapters
-        adapter_sort = sort_tokens(
-            jnp.zeros((tokens, 1), jnp.int32),
-            batch.adapter_of_token,
-            batch.num_tokens,
-            num_experts=1,
-            num_adapters=num_adapters,
-            tile_rows=DENSE_TILE_ROWS,
-            out=workspace.adapter_sort,
-        )
+        adapter_sort = sort_by_adapter(batch.adapter_of_token, batch.num_tokens, workspace, pages)
     real = jnp.arange(tokens, dtype=jnp.int32) < batch.num_tokens
     block = batch.block_table[batch.sequence_of_token, batch.positions // block_size]
     return Step(
@@ -128,6 +119,53 @@ def prepare_step(
         offset_of_token=batch.positions % block_size,
         taps=taps,
     )
+
+
+def sort_by_adapter(
+    adapter_of_row: Int32[Array, " rows"],
+    num_rows: Int32[Array, ""],
+    workspace: Workspace,
+    pages: Pages,
+) -> TokenSort:
+    """Rows sorted by adapter, for dense LoRA, in the workspace: the next sort ends this one.
+
+    Args:
+        adapter_of_row: adapter slot of each row, or -1.
+        num_rows: rows that are real; the others come behind them.
+        workspace: references to the workspaces.
+        pages: resident adapters, at one site at least.
+    """
+    return sort_tokens(
+        jnp.zeros((adapter_of_row.shape[0], 1), jnp.int32),
+        adapter_of_row,
+        num_rows,
+        num_experts=1,
+        num_adapters=next(iter(pages.values())).num_adapters,
+        tile_rows=DENSE_TILE_ROWS,
+        out=workspace.adapter_sort,
+    )
+
+
+def add_lora(
+    y: Float[Array, "tokens out"],
+    x: Float[Array, "tokens in"],
+    site: str,
+    index: Array,
+    step: Step,
+) -> Array:
+    """The output ``y`` of a linear layer of input ``x`` with each token's adapter added.
+
+    Args:
+        y: the layer's output without adapters.
+        x: its input.
+        site: its name; without pages there, ``y`` is returned.
+        index: row of the site's page table.
+        step: the batch.
+    """
+    if step.pages is None or step.adapter_sort is None or site not in step.pages:
+        return y
+    pages = step.pages[site]
+    return dense_lora(x, y, pages, step.adapter_sort, index, tile_rows=DENSE_TILE_ROWS)
 
 
 def rms_norm(
@@ -201,10 +239,7 @@ class LinearStack(nnx.Module):
         y = linear(x, self.weight[layer])
         if self.bias is not None:
             y = y + self.bias[layer]
-        if step.pages is None or step.adapter_sort is None or self.site not in step.pages:
-            return y
-        pages = step.pages[self.site]
-        return dense_lora(x, y, pages, step.adapter_sort, layer, tile_rows=DENSE_TILE_ROWS)
+        return add_lora(y, x, self.site, layer, step)
 
 
 class Attention(nnx.Module):
@@ -352,7 +387,13 @@ class Experts(nnx.Module):
                 step.pages["gate_proj"], step.pages["up_proj"], step.pages["down_proj"]
             )
         params = self._params()
-        logits, experts, weights = moe_router(x, params, index, self.config)
+        logits, experts, weights = moe_router(
+            x,
+            params,
+            index,
+            self.config,
+            add_lora=lambda logits: add_lora(logits, x, "router", index, step),
+        )
         y = moe_experts(
             x,
             experts,

@@ -33,11 +33,26 @@ def dense_lora(
     out: Buffer | None,
 ) -> Buffer:
     """See :func:`moelora_kernels.dense_lora`."""
-    tokens, width = y.shape
     z = shrink(
         x, sort, (pages,), layer,
-        pairs=tokens, top_k=1, tiles=shrink_tiles, out=None,
+        pairs=len(y), top_k=1, tiles=shrink_tiles, out=None,
     )  # fmt: skip
+    return add_expand_rows(z, y, pages, sort, layer, tile_rows=tile_rows, tiles=tiles, out=out)
+
+
+def add_expand_rows(
+    z: Buffer,
+    y: Array,
+    pages: SitePages,
+    sort: TokenSort,
+    layer: Array,
+    *,
+    tile_rows: int,
+    tiles: GemmTiles,
+    out: Buffer | None,
+) -> Buffer:
+    """``y`` with ``z [1, tokens, max_rank] · B`` of sorted rows added to it."""
+    tokens, width = y.shape
     # XLA makes no copy here where nothing else reads the linear layer's output.
     total: Any = jax.new_ref(y) if out is None else out
     if out is not None:
@@ -64,7 +79,7 @@ def dense_lora(
         Z_COLUMNS=z.shape[2],
         SLOTS=tiles.stack // stacked_pages,
         PAGES=stacked_pages,
-        PRECISION=precision(x.dtype),
+        PRECISION=precision(z.dtype),
     )  # fmt: skip
     return jax.freeze(total) if out is None else out
 
