@@ -13,6 +13,10 @@ class AdapterError(MoeLoraError):
     """An adapter folder is incomplete, damaged, unsupported, or made for another model."""
 
 
+class LayoutError(AdapterError):
+    """The layout of an adapter's experts is in doubt, or not the one that was asked for."""
+
+
 class CapacityError(MoeLoraError):
     """Something valid does not fit: adapter slots, pages, rank, sequence length or cache blocks."""
 

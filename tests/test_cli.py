@@ -16,10 +16,18 @@ from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
 from typer.testing import CliRunner, Result
 
+from moelora_jax.adapters.adapter import Adapter
 from moelora_jax.adapters.pages import PagePool
 from moelora_jax.adapters.reader import read_adapter
+from moelora_jax.adapters.writer import save_adapter
 from moelora_jax.cli import app, demo
-from moelora_jax.cli.demo_files import ADAPTERS, MODEL_CONFIG, write_demo
+from moelora_jax.cli.demo_files import (
+    ADAPTERS,
+    MODEL_CONFIG,
+    AdapterKind,
+    random_adapter,
+    write_demo,
+)
 from moelora_jax.cli.limits import derive_lora
 from moelora_jax.cli.rows import read_rows, read_tokenizer
 from moelora_jax.models import family_of
@@ -214,6 +222,25 @@ def test_inspect_says_why_an_adapter_is_of_another_model(folder: Path, tmp_path:
     assert "is for expert 4 of 4" in report["reasons"][0]
 
 
+def test_convert_of_the_readme(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "demo").symlink_to(folder)
+    monkeypatch.chdir(tmp_path)
+    result = run(*readme_command("convert"))
+    assert result.exit_code == 0, result.output
+    sites = CONFIG.lora_sites()
+    old = read_adapter("demo/adapters/both-r16", sites, module_names=NAMES)
+    new = read_adapter("both-r16-per-expert", sites, module_names=NAMES)
+    assert (old.layout, new.layout) == ("linear+peft_fused", "linear+per_expert")
+    assert old.updates.keys() == new.updates.keys()
+    for target, update in old.updates.items():
+        assert update.a.tobytes() == new.updates[target].a.tobytes()
+        assert update.b.tobytes() == new.updates[target].b.tobytes()
+        assert update.scaling == new.updates[target].scaling
+    assert "already exists" in error(*readme_command("convert"))
+
+
 def test_derived_pools_hold_any_choice_of_adapters(folder: Path) -> None:
     sites = CONFIG.lora_sites()
     adapters = [read_adapter(folder / "adapters" / n, sites, module_names=NAMES) for n in ADAPTERS]
@@ -226,7 +253,7 @@ def test_derived_pools_hold_any_choice_of_adapters(folder: Path) -> None:
 
 def test_version_and_help() -> None:
     assert run("--version").stdout.startswith("moelora ")
-    for command in ("demo", "score", "generate", "inspect"):
+    for command in ("demo", "score", "generate", "inspect", "convert"):
         result = run(command, "--help")
         assert result.exit_code == 0
         assert f"moelora {command}" in result.stdout
@@ -261,6 +288,79 @@ def test_a_bad_row_is_named_by_its_line(folder: Path, rows: Path, line: str, rea
         *("--adapter", f"a={folder}/adapters/attention-r3"),
     )
     assert message.startswith(f"error: {rows}, line 3: {reason}")
+
+
+@pytest.fixture
+def doubtful(tmp_path: Path) -> tuple[Path, Path]:
+    """A model and an adapter whose only parameter is square, of no version of PEFT."""
+    raw = MODEL_CONFIG | {"moe_intermediate_size": 32}
+    model, adapter = tmp_path / "model", tmp_path / "adapter"
+    model.mkdir()
+    (model / "config.json").write_text(json.dumps(raw))
+    config = family_of(raw).read_config(raw)
+    kind = AdapterKind(4, "peft_fused", attention=False, experts=True)
+    both = random_adapter(config, kind, np.random.default_rng(0))
+    updates = {t: u for t, u in both.updates.items() if t.site != "down_proj"}
+    save_adapter(
+        adapter,
+        Adapter("memory", updates),
+        config.lora_sites(),
+        layout="peft_fused",
+        module_names=NAMES,
+    )
+    options = json.loads((adapter / "adapter_config.json").read_text())
+    del options["peft_version"]
+    (adapter / "adapter_config.json").write_text(json.dumps(options))
+    return model, adapter
+
+
+def test_a_layout_in_doubt_names_the_flag(doubtful: tuple[Path, Path], rows: Path) -> None:
+    model, adapter = doubtful
+    rows.write_text('{"tokens": [1], "adapter": "fr"}')
+    inputs = ("--input", rows, "--model", model, "--adapter", f"fr={adapter}")
+    message = error("generate", *inputs)
+    assert "or ask for layout 'peft_fused' or 'peft_fused_0_18'" in message
+    assert message.endswith("; the option is --layout fr=LAYOUT")
+    message = error("generate", *inputs, "--layout", "fr=stacked")
+    assert "cannot be of the layout stacked, which was asked for" in message
+    assert message.endswith("; the option is --layout fr=LAYOUT")
+    # With the flag the adapter is read, and the next thing that is missing is the model itself.
+    message = error("generate", *inputs, "--layout", "fr=peft_fused_0_18")
+    assert message.endswith("neither model.safetensors nor model.safetensors.index.json is there")
+
+
+def test_inspect_and_convert_with_a_layout(doubtful: tuple[Path, Path], tmp_path: Path) -> None:
+    model, adapter = doubtful
+    result = run("inspect", adapter, "--model", model, "--max-rank", 16)
+    assert result.exit_code == 1
+    assert "; the option is --layout LAYOUT" in result.stdout
+    for layout in ("peft_fused", "peft_fused_0_18"):
+        result = run("inspect", adapter, "--model", model, "--layout", layout)
+        assert result.exit_code == 0, result.output
+        assert f"In the model ({layout})" in result.stdout
+
+    command = ("convert", adapter, tmp_path / "new", "--model", model, "--layout", "per_expert")
+    assert error(*command).endswith("; the option is --source-layout")
+    assert not (tmp_path / "new").exists()
+    result = run(*command, "--source-layout", "peft_fused_0_18")
+    assert result.exit_code == 0, result.output
+    assert "of layout peft_fused_0_18 to per_expert" in result.stdout
+
+
+@pytest.mark.parametrize(
+    ("layout", "reason"),
+    [
+        ("a", "write NAME=LAYOUT"),
+        ("b=stacked", "no --adapter has that name; given: a"),
+        ("a=fused", "unknown; known are per_expert, peft_fused, peft_fused_0_18, stacked, shared"),
+    ],
+)
+def test_bad_layouts(folder: Path, rows: Path, layout: str, reason: str) -> None:
+    rows.write_text('{"tokens": [1]}')
+    adapter = ("--adapter", f"a={folder}/adapters/attention-r3")
+    inputs = ("--model", folder / "model", "--input", rows, *adapter)
+    message = error("score", *inputs, "--output", rows.parent / "o", "--layout", layout)
+    assert message.startswith(f"error: --layout {layout}: {reason}")
 
 
 def test_text_needs_a_tokenizer(tmp_path: Path, rows: Path) -> None:

@@ -85,6 +85,29 @@ class Family:
 
 
 TESTED = {
+    "Qwen3MoeForCausalLM": Family(
+        config_class="Qwen3MoeConfig",
+        options=SIZES
+        | {
+            "head_dim": 16,
+            "intermediate_size": 28,
+            "moe_intermediate_size": 20,
+            "mlp_only_layers": [1],
+            "norm_topk_prob": True,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 5000.0},
+        },
+        version_4={
+            "num_local_experts": None,
+            "num_experts": 6,
+            "rope_parameters": None,
+            "rope_theta": 5000.0,
+        },
+        refused={
+            "num_experts missing": {"num_experts": None, "num_local_experts": None},
+            "use_sliding_window True": {"use_sliding_window": True},
+            "quantization_config": {"quantization_config": {"quant_method": "fp8"}},
+        },
+    ),
     "OlmoeForCausalLM": Family(
         config_class="OlmoeConfig",
         options=SIZES

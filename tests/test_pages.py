@@ -211,7 +211,7 @@ def test_bytes_are_those_of_the_device_arrays() -> None:
     packed = pool.pack(random_adapter(0))
     assert packed.pages_by_width == expected_pages(random_adapter(0))
     assert packed.page_bytes == sum(array.nbytes for array in packed.pages.values())
-    tables = jax.tree.leaves(packed.tables)
+    tables = jax.tree.leaves((packed.tables, packed.ranks, packed.scalings))
     assert packed.num_bytes == packed.page_bytes + sum(array.nbytes for array in tables)
     pool.write(1, packed)
     assert pool.slot_bytes(1) == packed.page_bytes and pool.slot_bytes(0) == 0
@@ -268,6 +268,39 @@ def test_any_writes_and_clears(dtype: type, operations: list[tuple[int, Adapter 
                     pool.write(slot, pool.pack(adapter))
                 assert snapshot(pool) == before
         check_contents(pool, adapters)
+
+
+@settings(max_examples=25)
+@given(dtype=st.sampled_from(DTYPES), adapter=ADAPTERS)
+def test_unpacking_is_the_inverse_of_packing(dtype: type, adapter: Adapter) -> None:
+    pool = PagePool(SITES, LORA, dtype)
+    packed = pool.pack(adapter)
+    unpacked = pool.unpack(packed)
+    assert unpacked.updates.keys() == adapter.updates.keys()
+    for target, update in adapter.updates.items():
+        its = unpacked.updates[target]
+        assert its.scaling == update.scaling
+        for mine, theirs in ((its.a, update.a), (its.b, update.b)):
+            assert mine.dtype == dtype and mine.shape == theirs.shape
+            assert mine.tobytes() == theirs.astype(dtype).tobytes()
+    # Shared factors are the same array again, so they are stored once again.
+    assert pool.pack(unpacked).pages_by_width == packed.pages_by_width
+
+
+def test_a_slot_is_read_back_from_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pages_module, "CHUNK_BYTES", 5 * PAGE_ROWS * 24 * 4)
+    pool = PagePool(SITES, LORA, jnp.float32)
+    for slot, seed in ((0, 1), (1, 2), (0, 3), (2, 4)):  # the third one fills the gaps of the first
+        pool.write(slot, pool.pack(random_adapter(seed, max_rank=16)))
+    addresses = [array.unsafe_buffer_pointer() for array in pool.pools.values()]
+    for slot, seed in ((0, 3), (1, 2), (2, 4)):
+        expected = pool.pack(random_adapter(seed, max_rank=16)).pages
+        pages = pool.read(slot)
+        assert pages.keys() == expected.keys()
+        for width in pages:
+            np.testing.assert_array_equal(pages[width], expected[width])
+    pool.write(0, pool.pack(random_adapter(5, max_rank=1)))
+    assert [array.unsafe_buffer_pointer() for array in pool.pools.values()] == addresses
 
 
 def test_packing_stores_a_factor_once_for_each_side() -> None:

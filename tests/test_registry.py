@@ -84,7 +84,8 @@ def test_loaded_adapters_are_listed_and_described() -> None:
         layout="test",
         source="memory",
         device_bytes=page_bytes,
-        host_bytes=page_bytes + 2 * 2 * 4 * 4 + 2 * 4,  # table entries and scalings
+        # Table entries; scalings in float32 and float64, and ranks.
+        host_bytes=page_bytes + 2 * 2 * 4 * 4 + 2 * (4 + 8 + 4),
     )
     adapters.unload("a")
     assert adapters.names() == ("org/b 2",) and adapters.pool.free_slots() == [0]
@@ -105,12 +106,31 @@ def test_unknown_names_are_refused_and_the_known_ones_listed() -> None:
     for name in "ba":
         adapters.load(name, adapter())
     before = snapshot(adapters)
-    for act in (adapters.info, adapters.pin, adapters.unpin, adapters.unload):
+    for act in (adapters.info, adapters.adapter, adapters.pin, adapters.unpin, adapters.unload):
         with pytest.raises(RequestError, match="adapter 'x' is not loaded; loaded: a, b"):
             act("x")
     with pytest.raises(RequestError, match="adapter 'x'"):
         adapters.acquire(["b", None, "x"])
     assert snapshot(adapters) == before
+
+
+def test_an_adapter_comes_back_from_the_device_or_from_the_host() -> None:
+    adapters = registry()
+    for number, name in enumerate("abc", start=1):
+        adapters.load(name, adapter(rank=20, value=number / 3))
+    assert adapters.resident().keys() == {"b", "c"}
+    # What the device holds counts, even where it was changed there.
+    pool = adapters.pool
+    pool.pools[16] = pool.pools[16] * 2
+    for number, name in enumerate("abc", start=1):
+        read, loaded = adapters.adapter(name), adapter(rank=20, value=number / 3)
+        assert (read.layout, read.source) == ("test", "memory")
+        assert read.updates.keys() == loaded.updates.keys()
+        for target, update in loaded.updates.items():
+            factor = 1 if name == "a" else 2
+            np.testing.assert_array_equal(read.updates[target].a, factor * update.a)
+            np.testing.assert_array_equal(read.updates[target].b, update.b)
+            assert read.updates[target].scaling == number / 3
 
 
 # --- Residence ---

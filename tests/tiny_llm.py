@@ -5,6 +5,7 @@ from collections.abc import Sequence
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.typing import DTypeLike
 
 from moelora_jax import LLM, BucketConfig, CacheConfig, LoraConfig, ModelConfig, RuntimeConfig
 from moelora_jax.adapters.adapter import Adapter, LowRankUpdate, Target
@@ -20,13 +21,16 @@ TINY_RUNTIME = RuntimeConfig(
 
 
 def tiny_llm(
-    runtime: RuntimeConfig = TINY_RUNTIME, config: ModelConfig | None = None, seed: int = 0
+    runtime: RuntimeConfig = TINY_RUNTIME,
+    config: ModelConfig | None = None,
+    seed: int = 0,
+    dtype: DTypeLike = jnp.float32,
 ) -> LLM:
-    """A random Qwen3-MoE in float32."""
+    """A random Qwen3-MoE."""
     config = config or tiny_model_config()
     family = FAMILIES[config.architecture]
-    model = family.module(config, dtype=jnp.float32, rngs=nnx.Rngs(seed))
-    return LLM(model, config, family, runtime=runtime, dtype=jnp.float32)
+    model = family.module(config, dtype=dtype, rngs=nnx.Rngs(seed))
+    return LLM(model, config, family, runtime=runtime, dtype=dtype)
 
 
 def random_adapter(

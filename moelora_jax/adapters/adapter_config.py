@@ -86,6 +86,7 @@ class AdapterConfig:
         target_parameters: names or name endings of the adapted parameters.
         ensure_weight_tying: whether embedding and head change alike where the model ties them.
         peft_version: the version of PEFT that saved the adapter, if it is known.
+        base_model: name or path of the base model, if the file tells; for people and other tools.
     """
 
     path: Path
@@ -98,6 +99,7 @@ class AdapterConfig:
     target_parameters: tuple[str, ...]
     ensure_weight_tying: bool
     peft_version: str | None
+    base_model: str | None
 
     def rank_of(self, name: str) -> int:
         """The rank of the factors that change ``name``.
@@ -189,6 +191,7 @@ def read_adapter_config(folder: Path) -> AdapterConfig:
             _fail(path, key, f"must be {wanted}, not {options.get(key)!r}")
     target_modules = options.get("target_modules") or ()
     alphas = options.get("alpha_pattern") or {}
+    base_model = options.get("base_model_name_or_path")
     return AdapterConfig(
         path=path,
         rank=options["r"],
@@ -200,6 +203,7 @@ def read_adapter_config(folder: Path) -> AdapterConfig:
         target_parameters=tuple(options.get("target_parameters") or ()),
         ensure_weight_tying=bool(options.get("ensure_weight_tying")),
         peft_version=options.get("peft_version"),
+        base_model=base_model if isinstance(base_model, str) else None,
     )
 
 

@@ -11,6 +11,7 @@ varies fastest:
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
+from typing import Literal, get_args
 
 import numpy as np
 
@@ -62,7 +63,8 @@ SHARED_OUTER_IN = FactorLayout("shared_outer", "1 r i", "e o r")
 SHARED_OUTER_OUT = FactorLayout("shared_outer", "e r i", "1 o r")
 
 #: What the factors of routed experts can be read as.
-EXPERT_LAYOUTS = ("per_expert", "peft_fused", "peft_fused_0_18", "stacked", "shared_outer")
+ExpertLayout = Literal["per_expert", "peft_fused", "peft_fused_0_18", "stacked", "shared_outer"]
+EXPERT_LAYOUTS: tuple[str, ...] = get_args(ExpertLayout)
 
 
 def shape_of(axes: str, sizes: Sizes) -> tuple[int, ...]:

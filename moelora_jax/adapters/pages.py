@@ -66,6 +66,9 @@ class PackedAdapter:
         rank: its largest rank.
         pages: for every pool width, ``[pages, 16, width]`` in the pool's dtype, read-only.
         tables: for every site, the table of one slot, whose entries number the pages in ``pages``.
+        ranks: for every site, int32 ``[layers, experts]``: the rank of each update, 0 where there
+            is none.
+        scalings: for every site, float64 ``[layers, experts]``: what ``tables`` has in float32.
     """
 
     layout: str
@@ -73,6 +76,8 @@ class PackedAdapter:
     rank: int
     pages: Mapping[int, np.ndarray]
     tables: Mapping[str, SiteTable[np.ndarray]]
+    ranks: Mapping[str, np.ndarray]
+    scalings: Mapping[str, np.ndarray]
 
     @property
     def pages_by_width(self) -> dict[int, int]:
@@ -87,7 +92,8 @@ class PackedAdapter:
     @property
     def num_bytes(self) -> int:
         """Bytes of pages and tables: what the adapter takes in host memory."""
-        return self.page_bytes + sum(array.nbytes for array in jax.tree.leaves(self.tables))
+        tables = jax.tree.leaves((self.tables, self.ranks, self.scalings))
+        return self.page_bytes + sum(array.nbytes for array in tables)
 
 
 class PoolUsage(NamedTuple):
@@ -301,6 +307,8 @@ class PagePool:
             CapacityError: a rank is above ``lora.max_rank``.
         """
         tables = {site.name: _empty_table(site, self.lora.max_pages) for site in self.sites}
+        ranks = {name: np.zeros(t.scaling.shape, np.int32) for name, t in tables.items()}
+        scalings = {name: np.zeros(t.scaling.shape, np.float64) for name, t in tables.items()}
         factors: dict[int, list[_Factor]] = {width: [] for width in self.pools}
         num_pages = dict.fromkeys(self.pools, 0)
         numbers_of_factor: dict[tuple[object, ...], np.ndarray] = {}
@@ -314,6 +322,8 @@ class PagePool:
             site = self._check_update(adapter, target, update)
             row, table = site.layers.index(target.layer), tables[site.name]
             table.scaling[row, target.expert] = update.scaling
+            scalings[site.name][row, target.expert] = update.scaling
+            ranks[site.name][row, target.expert] = update.rank
             count = pages_of_rank(update.rank)
             for side, rows in enumerate(update.factors):
                 key = factor_key(rows)
@@ -327,7 +337,39 @@ class PagePool:
                 table.pages[row, side, :count, target.expert] = numbers_of_factor[key]
 
         pages = {width: self._pack_pages(adapter, factors[width], width) for width in self.pools}
-        return PackedAdapter(adapter.layout, adapter.source, adapter.max_rank, pages, tables)
+        return PackedAdapter(
+            layout=adapter.layout,
+            source=adapter.source,
+            rank=adapter.max_rank,
+            pages=pages,
+            tables=tables,
+            ranks=ranks,
+            scalings=scalings,
+        )
+
+    def unpack(self, packed: PackedAdapter) -> Adapter:
+        """The inverse of :meth:`pack`: factors in the pool's dtype, shared ones the same array."""
+        factors: dict[tuple[int, int, int, int], np.ndarray] = {}
+
+        def factor(side: int, width: int, numbers: np.ndarray, rank: int) -> np.ndarray:
+            key = side, width, int(numbers[0]), rank
+            if key not in factors:
+                numbers = numbers[: pages_of_rank(rank)]
+                rows = packed.pages[width][numbers].reshape(-1, width)[:rank]
+                factors[key] = rows if side == _A else rows.T
+            return factors[key]
+
+        updates = {}
+        for site in self.sites:
+            pages, ranks = packed.tables[site.name].pages, packed.ranks[site.name]
+            for row, expert in np.argwhere(ranks).tolist():
+                rank = int(ranks[row, expert])
+                updates[Target(site.layers[row], site.name, expert)] = LowRankUpdate(
+                    a=factor(_A, site.in_features, pages[row, _A, :, expert], rank),
+                    b=factor(_B, site.out_features, pages[row, _B, :, expert], rank),
+                    scaling=float(packed.scalings[site.name][row, expert]),
+                )
+        return Adapter(packed.layout, updates, packed.source)
 
     def shortage(self, packed: Collection[PackedAdapter], clearing: Collection[int] = ()) -> str:
         """What is missing to write all of ``packed`` once the slots ``clearing`` are cleared.
@@ -389,6 +431,20 @@ class PagePool:
         self._write_table(slot, empty)
         for width, rows in self._rows_of_slot.pop(slot).items():
             self._allocators[width].free(rows)
+
+    def read(self, slot: int) -> dict[int, np.ndarray]:
+        """Copies the pages of a slot from the device: ``pages`` of the packed adapter in it."""
+        self._check_slot(slot)
+        copies = {}
+        for width, rows in self._rows_of_slot[slot].items():
+            chunk = self._chunk_pages[width]
+            parts = [
+                np.asarray(self.pools[width][rows[start : start + chunk]])
+                for start in range(0, len(rows), chunk)
+            ]
+            nothing = np.empty((0, PAGE_ROWS, width), self.dtype)
+            copies[width] = np.concatenate([nothing, *parts])
+        return copies
 
     def free_slots(self) -> list[int]:
         """Slots that hold no adapter, ascending."""

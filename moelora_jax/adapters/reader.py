@@ -53,7 +53,7 @@ from moelora_jax.adapters.layouts import (
 )
 from moelora_jax.adapters.module_names import QWEN3_MOE_NAMES, ModuleNames, ModulePlace
 from moelora_jax.config import LoraSite
-from moelora_jax.errors import AdapterError
+from moelora_jax.errors import AdapterError, LayoutError
 from moelora_jax.safetensors_file import SafetensorsFile
 
 __all__ = ["QWEN3_MOE_NAMES", "ModuleNames", "read_adapter"]
@@ -162,13 +162,13 @@ def read_adapter(
         experts or projections share is the same view in each of them.
 
     Raises:
-        AdapterError: if a file is missing or damaged; an option or dtype is not supported; the
-            layout is unknown, in doubt, or not the one asked for; a tensor is unknown, unpaired,
-            not finite, or its shape contradicts the model or the config; or the config names a
-            target that has no tensors.
+        LayoutError: the layout is unknown, in doubt, or not the one asked for.
+        AdapterError: a file is missing or damaged; an option or dtype is not supported; a tensor is
+            unknown, unpaired, not finite, or its shape contradicts the model or the config; or the
+            config names a target that has no tensors.
     """
     if layout not in (None, *EXPERT_LAYOUTS):
-        raise AdapterError(f"layout {layout!r} is not one of {', '.join(EXPERT_LAYOUTS)}")
+        raise LayoutError(f"layout {layout!r} is not one of {', '.join(EXPERT_LAYOUTS)}")
     folder = Path(folder)
     config = read_adapter_config(folder)
     with SafetensorsFile(adapter_weights(folder), AdapterError) as file:
@@ -408,7 +408,9 @@ class _Reader:
         for layout in change.layouts:
             if layout.name == name:
                 return layout
-        self._fail(change.pair.a, f"cannot be of the layout {name}, which was asked for")
+        self._fail(
+            change.pair.a, f"cannot be of the layout {name}, which was asked for", LayoutError
+        )
 
     def _layout_by_version(self, change: _Change) -> str:
         """The layout's name if no shape in the file tells it."""
@@ -423,6 +425,7 @@ class _Reader:
                 "is of a square matrix, where PEFT before 0.19 exchanges A and B: peft_version in "
                 f"{self.config.path.name} must tell, and is {self.config.peft_version!r}; or ask "
                 f"for layout {PEFT_FUSED.name!r} or {PEFT_FUSED_0_18.name!r}",
+                LayoutError,
             )
         return PEFT_FUSED_0_18.name if exchanges else PEFT_FUSED.name
 
@@ -436,14 +439,16 @@ class _Reader:
             wrong = wrong_axes(axes, shape, change.sizes)
             if not wrong:
                 continue
+            error = AdapterError
             if all("r" in axis for axis in wrong):
                 reason = f"{self.config.path.name} gives {change.name} rank {change.rank}"
             elif self.asked:
                 reason = f"the layout {self.asked}, which was asked for, does not fit"
+                error = LayoutError
             else:
                 reason = "this looks like an adapter for another model"
             expected = shape_of(axes, change.sizes)
-            self._fail(tensor, f"has shape {shape}, expected {expected}: {reason}")
+            self._fail(tensor, f"has shape {shape}, expected {expected}: {reason}", error)
 
     # From changes to arrays.
 
@@ -535,8 +540,8 @@ class _Reader:
 
     # Errors.
 
-    def _fail(self, tensor: str, reason: str) -> NoReturn:
-        raise AdapterError(f"{self.file.path}: tensor {tensor!r} {reason}")
+    def _fail(self, tensor: str, reason: str, error: type[AdapterError] = AdapterError) -> NoReturn:
+        raise error(f"{self.file.path}: tensor {tensor!r} {reason}")
 
 
 def _of_each_expert(factors: np.ndarray, change: _Change) -> list[np.ndarray]:

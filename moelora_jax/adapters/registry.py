@@ -1,7 +1,7 @@
 """The adapters that requests may name: all in host memory, the recent ones on the device, too."""
 
 from collections.abc import Collection, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from moelora_jax.adapters.adapter import Adapter
 from moelora_jax.adapters.pages import PackedAdapter, PagePool
@@ -166,6 +166,16 @@ class AdapterRegistry:
         if fits:
             self._write(entry)
         self.counters.loads += 1
+
+    def adapter(self, name: str) -> Adapter:
+        """An adapter as it is held: its factors in the pool's dtype, its scaling as it was loaded.
+
+        The pages of a resident adapter are read from the device. RequestError if it is not loaded.
+        """
+        entry = self._entry(name)
+        if entry.slot is None:
+            return self.pool.unpack(entry.packed)
+        return self.pool.unpack(replace(entry.packed, pages=self.pool.read(entry.slot)))
 
     def unload(self, name: str) -> None:
         """Forgets an adapter and frees its slot, pages and host memory.

@@ -90,10 +90,13 @@ def save_adapter(
     The folder appears complete or not at all.
 
     ``peft_fused`` can be loaded by PEFT 0.19 and later, with transformers 5. There all experts of
-    a layer have the same rank and scaling, gate and up have the same A, and an expert without an
-    update is written as zeros. ``per_expert`` has no such limits; an A that several matrices share
-    is written once for each of them. Dense layers are written in the same way by both, but for the
-    router, which is a parameter for transformers 5. Copies of base weights are written as they are.
+    a layer have one rank and one scaling, and gate and up have one A. So where an adapter has two
+    of them, they are stacked along the rank, and what does not belong together in B is zero, as
+    PEFT itself does; smaller ranks are filled up with zeros, and so are experts without an update.
+    ``per_expert`` has no such limits. A factor that several matrices share is written once for each
+    of them, unless gate and up share their A in ``peft_fused``. Dense layers are written in the
+    same way by both, but for the router, which is a parameter for transformers 5. Copies of base
+    weights are written as they are.
 
     Args:
         folder: must not exist, or be empty.
@@ -105,7 +108,8 @@ def save_adapter(
 
     Raises:
         AdapterError: the folder is not empty; the adapter changes nothing, contradicts the sites or
-            is not finite; or the layout cannot express it.
+            is not finite; or experts of one layer differ in scaling or dtype, and the layout is
+            ``peft_fused``.
     """
     _check(adapter, sites)
     writer = _Writer(adapter, {site.name: site for site in sites}, module_names)
@@ -236,8 +240,7 @@ class _Writer:
         for parameter, updates in updates_of.items():
             # PEFT wraps the second parameter's layer around the first one's.
             is_inner = len(updates_of) == 2 and parameter == self.names.expert_parameters[0]
-            a, b = self._fuse(parameter, updates)
-            first = next(iter(updates.values()))
+            rank, a, b = self._fuse(parameter, updates)
             yield _Module(
                 tensors=f"{experts}.base_layer" if is_inner else experts,
                 name=f"{experts}.{parameter}",
@@ -247,8 +250,8 @@ class _Writer:
                 is_parameter=True,
                 a=a,
                 b=b,
-                rank=first.rank,
-                scaling=first.scaling,
+                rank=rank,
+                scaling=next(iter(updates.values())).scaling,
             )
 
     def _updates_of_parameter(self, layer: int, parameter: str) -> dict[Target, LowRankUpdate]:
@@ -262,27 +265,32 @@ class _Writer:
 
     def _fuse(
         self, parameter: str, updates: Mapping[Target, LowRankUpdate]
-    ) -> tuple[np.ndarray, np.ndarray]:
-        """A ``[experts·rank, in]`` and B ``[out, rank·experts]`` of a parameter of all experts."""
-        sites = [self.sites[site] for site in self.names.projections[parameter]]
+    ) -> tuple[int, np.ndarray, np.ndarray]:
+        """Rank, A ``[experts·rank, in]`` and B ``[out, rank·experts]`` of a parameter of all."""
+        names = self.names.projections[parameter]
+        experts, in_features = self.sites[names[0]].num_experts, self.sites[names[0]].in_features
         first = next(iter(updates))
-        rank, dtypes = updates[first].rank, (updates[first].a.dtype, updates[first].b.dtype)
-        experts = sites[0].num_experts
-        a = np.zeros((experts, rank, sites[0].in_features), dtypes[0])
-        b = np.zeros((len(sites), sites[0].out_features, rank, experts), dtypes[1])
-        seen: dict[int, Target] = {}
+        # Where the ranks of each A begin; projections of an expert with equal ones share them.
+        starts: dict[tuple[int, bytes], int] = {}
+        ranks = [0] * experts
         for target, update in updates.items():
             _check_uniform(parameter, target, update, first, updates[first])
-            other = seen.setdefault(target.expert, target)
-            if update.a.tobytes() != updates[other].a.tobytes():
-                _refuse_fused(
-                    target, f"has another A than {other.site}, and {parameter} has one for both"
-                )
-            a[target.expert] = update.a
-            b[self.names.projections[parameter].index(target.site), :, :, target.expert] = update.b
+            key = target.expert, update.a.tobytes()
+            if key not in starts:
+                starts[key] = ranks[target.expert]
+                ranks[target.expert] += update.rank
+        rank = max(ranks)
+        a = np.zeros((experts, rank, in_features), updates[first].a.dtype)
+        out_features = self.sites[names[0]].out_features
+        b = np.zeros((len(names), out_features, rank, experts), updates[first].b.dtype)
+        for target, update in updates.items():
+            start = starts[target.expert, update.a.tobytes()]
+            part = slice(start, start + update.rank)
+            a[target.expert, part] = update.a
+            b[names.index(target.site), :, part, target.expert] = update.b
         # Rows of two projections alternate, or follow each other.
         rows = b.swapaxes(0, 1) if self.names.interleaved else b
-        return a.reshape(experts * rank, -1), rows.reshape(-1, rank * experts)
+        return rank, a.reshape(experts * rank, -1), rows.reshape(-1, rank * experts)
 
     def _layer(self, layer: int) -> str:
         return f"{self.names.layers[0]}.{layer}"
@@ -291,18 +299,17 @@ class _Writer:
 def _check_uniform(
     parameter: str, target: Target, update: LowRankUpdate, first: Target, model: LowRankUpdate
 ) -> None:
-    """One parameter has one rank, one scaling and one dtype."""
+    """One parameter has one scaling and one dtype."""
     for what, value, expected in (
-        ("rank", update.rank, model.rank),
         ("scaling", update.scaling, model.scaling),
         ("dtype", update.a.dtype, model.a.dtype),
         ("dtype", update.b.dtype, model.b.dtype),
     ):
         if value != expected:
-            _refuse_fused(
+            _fail(
                 target,
                 f"has {what} {value}, but {first.site} of expert {first.expert} has {expected}, "
-                f"and {parameter} has one for all",
+                f"and {parameter} has one for all; write it with layout='per_expert'",
             )
 
 
@@ -413,7 +420,3 @@ def _targets(
 def _fail(target: Target, reason: str) -> NoReturn:
     layer, site, expert = target
     raise AdapterError(f"layer {layer}, {site}, expert {expert}: {reason}")
-
-
-def _refuse_fused(target: Target, reason: str) -> NoReturn:
-    _fail(target, f"{reason}; write it with layout='per_expert'")

@@ -6,7 +6,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from moelora_jax.cli import demo, generate, inspect, score
+from moelora_jax.cli import convert, demo, generate, inspect, score
 from moelora_jax.errors import MoeLoraError
 
 __all__ = ["app"]
@@ -106,3 +106,10 @@ app.command(
     moelora inspect french --model qwen --json | jq .fits
 """
 )(inspect.inspect)
+app.command(
+    epilog="""**Example**
+
+    moelora convert french french-fused --model qwen \\
+        --layout peft_fused
+"""
+)(convert.convert)

@@ -11,6 +11,7 @@ from moelora_jax.cli.options import (
     AdaptersOption,
     DtypeOption,
     InputOption,
+    LayoutsOption,
     MaxAdaptersOption,
     MaxBatchRowsOption,
     MaxBatchTokensOption,
@@ -28,6 +29,7 @@ def generate(
     model: ModelOption,
     rows: InputOption,
     adapter: AdaptersOption = None,
+    layout: LayoutsOption = None,
     output: Annotated[
         Path | None,
         typer.Option(metavar="OUT.jsonl", help="Where to write the rows, instead of stdout."),
@@ -76,6 +78,7 @@ def generate(
         ["prefill", "decode"],
         model=model,
         adapters=adapter or [],
+        layouts=layout or [],
         rows=rows,
         dtype=dtype,
         max_new_tokens=max_new_tokens,

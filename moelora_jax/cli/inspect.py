@@ -14,10 +14,11 @@ from rich.table import Table
 
 from moelora_jax.adapters.adapter import Adapter
 from moelora_jax.adapters.adapter_config import AdapterConfig, read_adapter_config
+from moelora_jax.adapters.layouts import ExpertLayout
 from moelora_jax.adapters.pages import pool_pages
 from moelora_jax.adapters.reader import adapter_weights, read_adapter
 from moelora_jax.cli.limits import count_pages
-from moelora_jax.cli.options import Dtype
+from moelora_jax.cli.options import Dtype, layout_errors_name
 from moelora_jax.cli.output import format_bytes, make_table, stdout
 from moelora_jax.config import LoraConfig, LoraSite
 from moelora_jax.errors import AdapterError
@@ -36,6 +37,10 @@ def inspect(
         typer.Option(
             metavar="DIR", help="Checkpoint folder; its config.json is enough, no weight is read."
         ),
+    ] = None,
+    layout: Annotated[
+        ExpertLayout | None,
+        typer.Option(help="Of the experts, where reading with --model asks for it."),
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
     dtype: Annotated[Dtype, typer.Option(help="Of the pages.")] = Dtype.BFLOAT16,
@@ -56,7 +61,7 @@ def inspect(
     limits = LoraConfig(max_adapters=max_adapters, max_rank=max_rank, pool_rank=pool_rank)
     report = _describe_files(adapter)
     if model is not None:
-        report |= _describe_fit(adapter, model, limits, dtype)
+        report |= _describe_fit(adapter, model, layout, limits, dtype)
     if as_json:
         typer.echo(json.dumps(report, indent=2, ensure_ascii=False))
     else:
@@ -126,7 +131,9 @@ def _group(shapes: dict[str, tuple[int, ...]]) -> list[dict[str, Any]]:
 # What the model says to that.
 
 
-def _describe_fit(folder: Path, model: Path, limits: LoraConfig, dtype: Dtype) -> dict[str, Any]:
+def _describe_fit(
+    folder: Path, model: Path, layout: str | None, limits: LoraConfig, dtype: Dtype
+) -> dict[str, Any]:
     """Whether the adapter is one for the model, and within the limits.
 
     Raises:
@@ -134,7 +141,10 @@ def _describe_fit(folder: Path, model: Path, limits: LoraConfig, dtype: Dtype) -
     """
     family, config = read_model_config(model)
     try:
-        adapter = read_adapter(folder, config.lora_sites(), module_names=family.module_names)
+        with layout_errors_name("--layout LAYOUT"):
+            adapter = read_adapter(
+                folder, config.lora_sites(), module_names=family.module_names, layout=layout
+            )
     except AdapterError as error:
         return {"model": str(model), "fits": False, "reasons": [str(error)]}
     changed = {target.site for target in adapter.updates}

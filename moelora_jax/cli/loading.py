@@ -1,19 +1,21 @@
 """From the options of a command to a model that is ready to run its rows."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from tokenizers import Tokenizer
 
+from moelora_jax.adapters.adapter import Adapter
 from moelora_jax.adapters.reader import read_adapter
 from moelora_jax.buckets import Kind, program_keys, use_compilation_cache
 from moelora_jax.cli.limits import derive_runtime
-from moelora_jax.cli.options import Dtype, parse_adapters
+from moelora_jax.cli.options import AdapterFolder, Dtype, layout_errors_name, parse_adapters
 from moelora_jax.cli.output import progress_bar
 from moelora_jax.cli.rows import read_rows, read_tokenizer
+from moelora_jax.config import LoraSite
 from moelora_jax.engine.llm import LLM, Prompt
-from moelora_jax.models import read_model_config
+from moelora_jax.models import ModelFamily, read_model_config
 
 
 @dataclass(frozen=True, eq=False)
@@ -37,6 +39,7 @@ def prepare(
     *,
     model: Path,
     adapters: Sequence[str],
+    layouts: Sequence[str],
     rows: Path,
     dtype: Dtype | None,
     max_new_tokens: int = 0,
@@ -49,17 +52,12 @@ def prepare(
     Raises:
         MoeLoraError: anything is wrong with the files; nothing was run.
     """
-    folders = parse_adapters(adapters)
+    folders = parse_adapters(adapters, layouts)
     family, config = read_model_config(model)
     tokenizer = read_tokenizer(model)
     prompts = read_rows(rows, config, folders, tokenizer, max_new_tokens=max_new_tokens)
 
-    loaded = {}
-    with progress_bar("Reading adapters") as bar:
-        for name, folder in bar.track(folders.items()):
-            loaded[name] = read_adapter(
-                folder, config.lora_sites(), module_names=family.module_names
-            )
+    loaded = read_adapters(folders, config.lora_sites(), family)
     runtime = derive_runtime(
         config,
         loaded.values(),
@@ -79,3 +77,17 @@ def prepare(
     keys = [key for key in program_keys(runtime.buckets, kinds) if key.lora == needs_lora]
     llm.runner.programs.compile(keys, progress=True)
     return Job(llm, prompts, tokenizer)
+
+
+def read_adapters(
+    folders: Mapping[str, AdapterFolder], sites: Sequence[LoraSite], family: ModelFamily
+) -> dict[str, Adapter]:
+    """Read and check adapter folders, with a progress bar."""
+    adapters = {}
+    with progress_bar("Reading adapters") as bar:
+        for name, (folder, layout) in bar.track(folders.items()):
+            with layout_errors_name(f"--layout {name}=LAYOUT"):
+                adapters[name] = read_adapter(
+                    folder, sites, module_names=family.module_names, layout=layout
+                )
+    return adapters

@@ -1,15 +1,17 @@
 """Options that several commands share, and what they mean."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
 import typer
 
-from moelora_jax.errors import RequestError
+from moelora_jax.adapters.layouts import EXPERT_LAYOUTS
+from moelora_jax.errors import LayoutError, RequestError
 
 
 class Dtype(StrEnum):
@@ -33,6 +35,15 @@ AdaptersOption = Annotated[
         "--adapter",
         metavar="NAME=DIR",
         help="An adapter folder, and what rows call it. Repeat for more adapters.",
+    ),
+]
+LayoutsOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--layout",
+        metavar="NAME=LAYOUT",
+        help="How the experts of an adapter are laid out, where reading it asks for that: "
+        f"{', '.join(EXPERT_LAYOUTS)}. Repeat for more adapters.",
     ),
 ]
 InputOption = Annotated[
@@ -72,18 +83,52 @@ MaxBatchTokensOption = Annotated[
 ]
 
 
-def parse_adapters(options: Sequence[str]) -> dict[str, Path]:
-    """Names and folders from ``NAME=DIR`` options.
+class AdapterFolder(NamedTuple):
+    """An adapter to read, and the layout of its experts if the user has said it."""
+
+    folder: Path
+    layout: str | None
+
+
+def parse_adapters(adapters: Sequence[str], layouts: Sequence[str]) -> dict[str, AdapterFolder]:
+    """Adapters by name, from ``--adapter NAME=DIR`` and ``--layout NAME=LAYOUT`` options.
 
     Raises:
-        RequestError: an option is not of that form, or a name occurs twice.
+        RequestError: an option is not of that form, a name occurs twice, or a layout is unknown or
+            of no adapter.
     """
-    folders: dict[str, Path] = {}
+    folder_of = _parse_pairs("--adapter", "NAME=DIR", adapters)
+    layout_of = _parse_pairs("--layout", "NAME=LAYOUT", layouts)
+    for name, layout in layout_of.items():
+        if name not in folder_of:
+            given = ", ".join(folder_of) or "none"
+            raise RequestError(
+                f"--layout {name}={layout}: no --adapter has that name; given: {given}"
+            )
+        if layout not in EXPERT_LAYOUTS:
+            known = ", ".join(EXPERT_LAYOUTS)
+            raise RequestError(f"--layout {name}={layout}: unknown; known are {known}")
+    return {
+        name: AdapterFolder(Path(folder), layout_of.get(name)) for name, folder in folder_of.items()
+    }
+
+
+def _parse_pairs(flag: str, form: str, options: Sequence[str]) -> dict[str, str]:
+    pairs: dict[str, str] = {}
     for option in options:
-        name, _, folder = option.partition("=")
-        if not name or not folder:
-            raise RequestError(f"--adapter {option}: write NAME=DIR")
-        if name in folders:
-            raise RequestError(f"--adapter {option}: the name {name!r} is taken twice")
-        folders[name] = Path(folder)
-    return folders
+        name, _, value = option.partition("=")
+        if not name or not value:
+            raise RequestError(f"{flag} {option}: write {form}")
+        if name in pairs:
+            raise RequestError(f"{flag} {option}: the name {name!r} is taken twice")
+        pairs[name] = value
+    return pairs
+
+
+@contextmanager
+def layout_errors_name(flag: str) -> Iterator[None]:
+    """Errors about an adapter's layout end with the flag that sets it."""
+    try:
+        yield
+    except LayoutError as error:
+        raise LayoutError(f"{error}; the option is {flag}") from error

@@ -14,6 +14,7 @@ from jax.typing import DTypeLike
 from moelora_jax.adapters.adapter import Adapter
 from moelora_jax.adapters.reader import read_adapter
 from moelora_jax.adapters.registry import AdapterInfo
+from moelora_jax.adapters.writer import Layout, save_adapter
 from moelora_jax.buckets import Kind
 from moelora_jax.config import ModelConfig, RuntimeConfig
 from moelora_jax.engine import engine
@@ -149,6 +150,33 @@ class LLM:
             self.config.lora_sites(),
             module_names=self._family.module_names,
             layout=layout,
+        )
+
+    def save_adapter(
+        self, name: str, folder: str | Path, *, layout: Layout, base_model: str | None = None
+    ) -> None:
+        """Write a loaded adapter to a folder, from the pages that it is held in.
+
+        Factors have the compute dtype, to which loading rounded them; loaded again they are the
+        same bits. :func:`~moelora_jax.adapters.writer.save_adapter` says what each layout does.
+
+        Args:
+            name: of the loaded adapter.
+            folder: must not exist, or be empty.
+            layout: of the experts, ``per_expert`` or ``peft_fused``.
+            base_model: name or path of the base model, which other tools show to their users.
+
+        Raises:
+            RequestError: the adapter is not loaded.
+            AdapterError: the folder is not empty, or the layout cannot express the adapter.
+        """
+        save_adapter(
+            folder,
+            self.runner.registry.adapter(name),
+            self.config.lora_sites(),
+            layout=layout,
+            module_names=self._family.module_names,
+            base_model=base_model,
         )
 
     def _compared(self, adapter: Adapter) -> Adapter:
