@@ -29,8 +29,9 @@ from moelora_jax.cli.demo_files import (
     write_demo,
 )
 from moelora_jax.cli.limits import derive_lora
-from moelora_jax.cli.rows import read_rows, read_tokenizer
+from moelora_jax.cli.rows import read_rows
 from moelora_jax.models import family_of
+from moelora_jax.models.tokenizer import read_tokenizer
 
 CONFIG = family_of(MODEL_CONFIG).read_config(MODEL_CONFIG)
 NAMES = family_of(MODEL_CONFIG).module_names
@@ -273,8 +274,8 @@ def test_version_and_help() -> None:
         ('{"tokens": []}', "has no tokens"),
         ('{"tokens": [1.5]}', "tokens must be a list of integers"),
         ('{"tokens": [true]}', "tokens must be a list of integers"),
-        ('{"tokens": [256]}', "token id 256 is outside the vocabulary of 256 tokens"),
-        ('{"tokens": [-1]}', "token id -1 is outside the vocabulary of 256 tokens"),
+        ('{"tokens": [272]}', "token id 272 is outside the vocabulary of 272 tokens"),
+        ('{"tokens": [-1]}', "token id -1 is outside the vocabulary of 272 tokens"),
         (json.dumps({"tokens": [1] * 1020}), "1020 tokens and 8 new ones are more than the 1024"),
         ('{"tokens": [1], "adapter": "b"}', "adapter 'b' is not given by --adapter; given: a"),
         ('{"tokens": [1], "adapter": 3}', "adapter must be a name or null, not 3"),

@@ -6,7 +6,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from moelora_jax.cli import convert, demo, generate, inspect, score
+from moelora_jax.cli import convert, demo, generate, inspect, score, serve
 from moelora_jax.errors import MoeLoraError
 
 __all__ = ["app"]
@@ -113,3 +113,13 @@ app.command(
         --layout peft_fused
 """
 )(convert.convert)
+app.command(
+    epilog="""**Examples**
+
+    moelora serve --model qwen --adapter fr=french
+    curl localhost:8000/v1/completions -H 'Content-Type: application/json' \\
+        -d '{"model": "fr", "prompt": "Il était une fois", "max_tokens": 32}'
+    MOELORA_API_KEY=... MOELORA_ADMIN_KEY=... moelora serve --model qwen \\
+        --adapter-root adapters --host 0.0.0.0
+"""
+)(serve.serve)

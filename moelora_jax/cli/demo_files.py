@@ -8,6 +8,8 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from tokenizers import Tokenizer, decoders, pre_tokenizers
+from tokenizers.models import BPE
 
 from moelora_jax.adapters.adapter import Adapter, LowRankUpdate, Target
 from moelora_jax.adapters.writer import Layout, save_adapter
@@ -20,7 +22,7 @@ MODEL_CONFIG: dict[str, Any] = {
     "architectures": ["Qwen3MoeForCausalLM"],
     "model_type": "qwen3_moe",
     "dtype": "float32",
-    "vocab_size": 256,
+    "vocab_size": 272,
     "hidden_size": 64,
     "intermediate_size": 96,
     "moe_intermediate_size": 48,
@@ -42,6 +44,19 @@ MODEL_CONFIG: dict[str, Any] = {
 }
 #: Longest prompt.
 MAX_PROMPT = 12
+
+#: Tokens behind those of the 256 bytes.
+SPECIAL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
+#: How a conversation is written, as in many checkpoints.
+CHAT_TEMPLATE = """\
+{% for message in messages %}
+<|im_start|>{{ message.role }}
+{{ message.content }}<|im_end|>
+{% endfor %}
+{% if add_generation_prompt %}
+<|im_start|>assistant
+{% endif %}
+"""
 
 
 @dataclass(frozen=True)
@@ -84,6 +99,7 @@ def write_demo(folder: Path, *, rows: int, seed: int) -> None:
     config = family.read_config(MODEL_CONFIG)
     model = family.module(config, dtype=jnp.float32, rngs=nnx.Rngs(seed))
     save_checkpoint(folder / "model", MODEL_CONFIG, family.parameters(config), model_arrays(model))
+    write_tokenizer(folder / "model")
     rng = np.random.default_rng(seed)
     for name, kind in ADAPTERS.items():
         save_adapter(
@@ -104,6 +120,19 @@ def write_demo(folder: Path, *, rows: int, seed: int) -> None:
         for row in range(rows)
     ]
     (folder / "rows.jsonl").write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+
+
+def write_tokenizer(model: Path) -> None:
+    """Write a tokenizer of bytes and a chat template, so that text can be served."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(BPE({character: token for token, character in enumerate(alphabet)}, []))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens(list(SPECIAL_TOKENS))
+    tokenizer.save(str(model / "tokenizer.json"))
+    (model / "chat_template.jinja").write_text(CHAT_TEMPLATE, encoding="utf-8")
+    end = tokenizer.token_to_id(SPECIAL_TOKENS[-1])
+    (model / "generation_config.json").write_text(json.dumps({"eos_token_id": [end]}))
 
 
 def random_tokens(config: ModelConfig, rng: np.random.Generator, longest: int) -> list[int]:

@@ -12,10 +12,11 @@ from moelora_jax.buckets import Kind, program_keys, use_compilation_cache
 from moelora_jax.cli.limits import derive_runtime
 from moelora_jax.cli.options import AdapterFolder, Dtype, layout_errors_name, parse_adapters
 from moelora_jax.cli.output import progress_bar
-from moelora_jax.cli.rows import read_rows, read_tokenizer
+from moelora_jax.cli.rows import read_rows
 from moelora_jax.config import LoraSite
 from moelora_jax.engine.llm import LLM, Prompt
 from moelora_jax.models import ModelFamily, read_model_config
+from moelora_jax.models.tokenizer import read_tokenizer
 
 
 @dataclass(frozen=True, eq=False)

@@ -10,24 +10,9 @@ from tokenizers import Tokenizer
 
 from moelora_jax.config import ModelConfig
 from moelora_jax.engine.llm import Prompt
-from moelora_jax.errors import CheckpointError, RequestError
+from moelora_jax.errors import RequestError
 
 _KEYS = ("tokens", "text", "adapter")
-
-
-def read_tokenizer(model: Path) -> Tokenizer | None:
-    """The tokenizer of a checkpoint folder, or None if it has none.
-
-    Raises:
-        CheckpointError: its file is damaged.
-    """
-    path = model / "tokenizer.json"
-    if not path.exists():
-        return None
-    try:
-        return Tokenizer.from_file(str(path))
-    except Exception as cause:  # The package raises Exception itself.
-        raise CheckpointError(f"{path}: not a readable tokenizer: {cause}") from cause
 
 
 def read_rows(

@@ -1,0 +1,288 @@
+"""``moelora serve``."""
+
+import asyncio
+from ipaddress import ip_address
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from moelora_jax.buckets import use_compilation_cache
+from moelora_jax.cli.loading import read_adapters
+from moelora_jax.cli.options import (
+    AdaptersOption,
+    Dtype,
+    DtypeOption,
+    LayoutsOption,
+    ModelOption,
+    parse_adapters,
+)
+from moelora_jax.config import BucketConfig, CacheConfig, LoraConfig, ModelConfig, RuntimeConfig
+from moelora_jax.engine.async_engine import AsyncEngine
+from moelora_jax.engine.llm import LLM
+from moelora_jax.errors import MoeLoraError
+from moelora_jax.models import read_model_config
+
+if TYPE_CHECKING:
+    from moelora_jax.server.keys import Keys
+
+_ADDRESS = "Address and names"
+_ACCESS = "Access"
+_REQUESTS = "Limits of requests"
+_SIZES = "Sizes (they decide the device memory that is used)"
+
+
+def serve(
+    model: ModelOption,
+    adapter: AdaptersOption = None,
+    layout: LayoutsOption = None,
+    dtype: DtypeOption = None,
+    host: Annotated[
+        str,
+        typer.Option(
+            rich_help_panel=_ADDRESS, help="Address to listen on; 0.0.0.0 is all of this machine's."
+        ),
+    ] = "127.0.0.1",
+    port: Annotated[
+        int, typer.Option(min=0, max=65535, rich_help_panel=_ADDRESS, help="0 takes a free one.")
+    ] = 8000,
+    served_model_name: Annotated[
+        str | None,
+        typer.Option(
+            rich_help_panel=_ADDRESS,
+            help="What requests call the base model; the name of its folder unless given.",
+        ),
+    ] = None,
+    chat_template: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE", rich_help_panel=_ADDRESS, help="Instead of the model's own template."
+        ),
+    ] = None,
+    api_key: Annotated[
+        list[str] | None,
+        typer.Option(
+            envvar="MOELORA_API_KEY",
+            show_envvar=True,
+            rich_help_panel=_ACCESS,
+            help="A key that requests must send; repeat for more. Others see the command line, so "
+            "rather use the environment.",
+        ),
+    ] = None,
+    api_keys_file: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE.json",
+            rich_help_panel=_ACCESS,
+            help="Keys, each with the adapters that it may use.",
+        ),
+    ] = None,
+    admin_key: Annotated[
+        str | None,
+        typer.Option(
+            envvar="MOELORA_ADMIN_KEY",
+            show_envvar=True,
+            rich_help_panel=_ACCESS,
+            help="The key for loading and unloading adapters; without it nobody may.",
+        ),
+    ] = None,
+    adapter_root: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="DIR",
+            rich_help_panel=_ACCESS,
+            help="The only folder that requests may load adapters from.",
+        ),
+    ] = None,
+    max_body_bytes: Annotated[
+        int, typer.Option(min=1, rich_help_panel=_REQUESTS, help="Of the body of a request.")
+    ] = 4 * 2**20,
+    max_length: Annotated[
+        int | None,
+        typer.Option(
+            min=2,
+            rich_help_panel=_REQUESTS,
+            help="Tokens of a prompt and its completion; those that the model was made for, but at "
+            "most 4096, unless given.",
+        ),
+    ] = None,
+    max_waiting: Annotated[
+        int,
+        typer.Option(
+            min=0, rich_help_panel=_REQUESTS, help="Completions that may wait; others are refused."
+        ),
+    ] = 1024,
+    request_timeout: Annotated[
+        float | None,
+        typer.Option(
+            min=0.001, rich_help_panel=_REQUESTS, help="Seconds until a request is given up."
+        ),
+    ] = None,
+    drain_timeout: Annotated[
+        float,
+        typer.Option(
+            min=0,
+            rich_help_panel=_REQUESTS,
+            help="Seconds that running requests have to finish after SIGTERM.",
+        ),
+    ] = 30.0,
+    max_running: Annotated[
+        int, typer.Option(min=1, rich_help_panel=_SIZES, help="Completions that run at once.")
+    ] = 32,
+    max_batch_tokens: Annotated[
+        int,
+        typer.Option(
+            min=1, rich_help_panel=_SIZES, help="Prompt tokens that run at once; longer is cut up."
+        ),
+    ] = 1024,
+    kv_blocks: Annotated[
+        int | None,
+        typer.Option(
+            min=2,
+            rich_help_panel=_SIZES,
+            help="Blocks of 16 positions in the cache; room for --max-running completions of "
+            "--max-length unless given.",
+        ),
+    ] = None,
+    max_adapters: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            rich_help_panel=_SIZES,
+            help="Adapters on the device at once, 8 or as many as are given; more wait in host "
+            "memory.",
+        ),
+    ] = None,
+    max_rank: Annotated[
+        int, typer.Option(min=1, rich_help_panel=_SIZES, help="Largest rank of an adapter.")
+    ] = 64,
+    pool_rank: Annotated[
+        int,
+        typer.Option(
+            min=1,
+            rich_help_panel=_SIZES,
+            help="Rank at which --max-adapters adapters that change everything fit.",
+        ),
+    ] = 16,
+) -> None:
+    """Serve a model and its adapters with the OpenAI API, until a signal.
+
+    The field "model" of a request names the base model or an adapter. / shows what the server is
+    doing, /metrics tells Prometheus. SIGTERM and Ctrl-C let running requests finish.
+    """
+    try:
+        from moelora_jax.server import app, serve
+        from moelora_jax.server.adapter_root import AdapterRoot
+        from moelora_jax.server.generation import Limits
+        from moelora_jax.server.text import TextModel
+    except ModuleNotFoundError as cause:
+        raise MoeLoraError(
+            f"{cause}: the server needs more packages: pip install 'moelora-jax[serve]'"
+        ) from cause
+
+    # The cheapest checks come first.
+    folders = parse_adapters(adapter or [], layout or [])
+    name = served_model_name or model.absolute().name
+    if name in folders:
+        raise MoeLoraError(f"--adapter {name}: is what the base model is called; rename one")
+    keys = _keys(api_key or [], api_keys_file, admin_key)
+    root = None if adapter_root is None else AdapterRoot(adapter_root)
+    socket = serve.bind(host, port)
+    family, config = read_model_config(model)
+    text_model = TextModel.load(model, config.eos_tokens, chat_template=chat_template)
+    loaded = read_adapters(folders, config.lora_sites(), family)
+    runtime = _runtime(
+        config,
+        with_lora=bool(folders) or root is not None,
+        max_length=max_length or min(config.max_position, 4096),
+        max_running=max_running,
+        max_batch_tokens=max_batch_tokens,
+        kv_blocks=kv_blocks,
+        max_adapters=max_adapters or max(8, len(folders)),
+        max_rank=max_rank,
+        pool_rank=pool_rank,
+    )
+    use_compilation_cache()
+    llm = _load(model, runtime, dtype)
+    for each in list(loaded):
+        llm.load_adapter(each, loaded.pop(each))
+    llm.warm_up(progress=True)
+
+    engine = AsyncEngine(llm, max_waiting=max_waiting)
+    service = app.Service(
+        engine,
+        text_model,
+        app.ServerConfig(
+            model_name=name,
+            limits=Limits(runtime.cache.max_length, request_timeout),
+            keys=keys,
+            adapter_root=root,
+            max_body_bytes=max_body_bytes,
+        ),
+    )
+    if not api_key and api_keys_file is None and not _is_loopback(host):
+        typer.echo(
+            f"WARNING: everyone who reaches {host} may use this server: set --api-key", err=True
+        )
+    engine.start()
+    server = serve.Server(service, drain_seconds=drain_timeout)
+    shown = f"[{host}]" if ":" in host else host
+    typer.echo(f"Serving {name} on http://{shown}:{socket.getsockname()[1]}", err=True)
+    asyncio.run(server.serve([socket]))
+
+
+def _load(model: Path, runtime: RuntimeConfig, dtype: Dtype | None) -> LLM:
+    numpy_dtype = None if dtype is None else dtype.numpy
+    return LLM.load(model, runtime=runtime, dtype=numpy_dtype, progress=True)
+
+
+def _keys(api_keys: list[str], file: Path | None, admin_key: str | None) -> "Keys":
+    from moelora_jax.server.keys import Key, Keys, digest, read_keys
+
+    for key in (*api_keys, *([] if admin_key is None else [admin_key])):
+        if not key or key != key.strip():
+            raise MoeLoraError("a key must not be empty, nor begin or end with a space")
+    given = [Key(digest(key)) for key in api_keys]
+    return Keys([*given, *([] if file is None else read_keys(file))], admin_key)
+
+
+def _runtime(
+    config: ModelConfig,
+    *,
+    with_lora: bool,
+    max_length: int,
+    max_running: int,
+    max_batch_tokens: int,
+    kv_blocks: int | None,
+    max_adapters: int,
+    max_rank: int,
+    pool_rank: int,
+) -> RuntimeConfig:
+    return RuntimeConfig(
+        lora=LoraConfig(
+            max_adapters=max_adapters,
+            max_rank=max_rank,
+            pool_rank=pool_rank,
+            sites=None if with_lora else (),
+        ),
+        buckets=BucketConfig(
+            decode=_sizes(1, max_running, 2), prefill=_sizes(64, max_batch_tokens, 4)
+        ),
+        cache=CacheConfig(max_length=max_length, num_blocks=kv_blocks),
+    )
+
+
+def _sizes(smallest: int, largest: int, factor: int) -> tuple[int, ...]:
+    """Bucket sizes, each ``factor`` times the one before, up to the largest."""
+    sizes = []
+    while smallest < largest:
+        sizes.append(smallest)
+        smallest *= factor
+    return (*sizes, largest)
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"

@@ -1,0 +1,229 @@
+"""The requests of the OpenAI API, as far as this server supports them, and vLLM's additions.
+
+A parameter that is not known, or that asks for what the server cannot do, is refused by name. Only
+those that change nothing in the answer are let pass.
+"""
+
+from typing import Annotated, Any, Literal, cast
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from moelora_jax.engine.sampling import MAX_LOGPROBS
+from moelora_jax.server.errors import ApiError
+
+#: Parameters that say nothing about the answer's text.
+_WITHOUT_EFFECT = {
+    "metadata",
+    "parallel_tool_calls",
+    "prompt_cache_key",
+    "prompt_cache_retention",
+    "safety_identifier",
+    "user",
+}
+
+#: Parameters that are not supported, with the values that ask for nothing.
+_NEUTRAL: dict[str, tuple[Any, ...]] = {
+    "audio": (),
+    "frequency_penalty": (0,),
+    "function_call": ("none",),
+    "functions": ([],),
+    "logit_bias": ({},),
+    "modalities": (["text"],),
+    "moderation": (),
+    "prediction": (),
+    "presence_penalty": (0,),
+    "reasoning_effort": (),
+    "response_format": ({"type": "text"},),
+    "service_tier": ("auto", "default"),
+    "store": (False,),
+    "suffix": ("",),
+    "tool_choice": ("none", "auto"),
+    "tools": ([],),
+    "verbosity": (),
+    "web_search_options": (),
+}
+
+_Probability = Annotated[float, Field(gt=0, le=1)]
+_StopString = Annotated[str, Field(min_length=1, max_length=1024)]
+_Token = Annotated[int, Field(ge=0, lt=2**31)]
+
+
+class StreamOptions(BaseModel):
+    """Of a streamed answer."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    include_usage: bool | None = None
+    # Asks for padding against traffic analysis where true; there is none here.
+    include_obfuscation: Literal[False] | None = None
+
+
+class GenerationRequest(BaseModel):
+    """What both kinds of completions share."""
+
+    # Strict: the string "5" is not a number, nor is true.
+    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
+
+    model: str
+    n: Annotated[int, Field(ge=1, le=128)] | None = None
+    max_tokens: Annotated[int, Field(ge=1)] | None = None
+    temperature: Annotated[float, Field(ge=0)] | None = None
+    top_p: _Probability | None = None
+    seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = None
+    stop: _StopString | Annotated[list[_StopString], Field(max_length=16)] | None = None
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    # As vLLM has them.
+    top_k: Annotated[int, Field(ge=-1, lt=2**31)] | None = None
+    stop_token_ids: Annotated[list[_Token], Field(max_length=1024)] | None = None
+    ignore_eos: bool | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _drop_what_asks_for_nothing(cls, values: Any) -> Any:
+        if not isinstance(values, dict):
+            return values
+        kept = {}
+        for name, value in values.items():
+            if name in _NEUTRAL and name not in cls.model_fields:
+                if value is not None and value not in _NEUTRAL[name]:
+                    raise ApiError(
+                        400,
+                        f"the parameter {name!r} is not supported by this server; leave it out",
+                        "unsupported_parameter",
+                        param=name,
+                    )
+            elif name not in _WITHOUT_EFFECT:
+                kept[name] = value
+        return kept
+
+    @model_validator(mode="after")
+    def _check_stream_options(self) -> "GenerationRequest":
+        if self.stream_options is not None and not self.stream:
+            raise ApiError(
+                400,
+                "stream_options is only allowed with stream=true",
+                "invalid_request",
+                param="stream_options",
+            )
+        return self
+
+    @property
+    def stop_strings(self) -> list[str]:
+        """All of ``stop``."""
+        if self.stop is None:
+            return []
+        return [self.stop] if isinstance(self.stop, str) else self.stop
+
+    @property
+    def include_usage(self) -> bool:
+        """Whether a streamed answer ends with the number of tokens."""
+        return bool(self.stream_options and self.stream_options.include_usage)
+
+
+class CompletionRequest(GenerationRequest):
+    """``/v1/completions``."""
+
+    prompt: str | list[_Token] | list[str] | list[list[_Token]]
+    echo: bool | None = None
+    logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
+    best_of: int | None = None
+
+    @model_validator(mode="after")
+    def _check_combinations(self) -> "CompletionRequest":
+        if self.best_of is not None and self.best_of != (self.n or 1):
+            raise ApiError(
+                400,
+                "the parameter 'best_of' is not supported by this server, unless it equals n",
+                "unsupported_parameter",
+                param="best_of",
+            )
+        if self.echo and self.logprobs is not None:
+            raise ApiError(
+                400,
+                "log-probabilities of the prompt are not supported: use echo without logprobs",
+                "unsupported_parameter",
+                param="echo",
+            )
+        return self
+
+    @property
+    def prompts(self) -> list[str] | list[list[int]]:
+        """All prompts, as texts or as tokens."""
+        match self.prompt:
+            case str(text):
+                return [text]
+            case [int(), *_] as tokens:
+                return [cast(list[int], tokens)]
+            case several:
+                return cast(list[str] | list[list[int]], several)
+
+
+class TextPart(BaseModel):
+    """A part of a message; images and sounds are refused."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    type: Literal["text"]
+    text: str
+
+
+class Message(BaseModel):
+    """A message of a conversation; the template sees what else it has."""
+
+    model_config = ConfigDict(extra="allow", strict=True)
+
+    role: str
+    content: str | list[TextPart] | None = None
+
+    def for_template(self) -> dict[str, Any]:
+        """Plain values, with the parts of the text joined."""
+        values = self.model_dump(exclude_unset=True)
+        if isinstance(self.content, list):
+            values["content"] = "\n".join(part.text for part in self.content)
+        return values
+
+
+class ChatCompletionRequest(GenerationRequest):
+    """``/v1/chat/completions``."""
+
+    messages: Annotated[list[Message], Field(min_length=1)]
+    max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
+    logprobs: bool | None = None
+    top_logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
+    # As vLLM has them.
+    add_generation_prompt: bool = True
+    chat_template_kwargs: dict[str, Any] | None = None
+
+    @model_validator(mode="after")
+    def _check_logprobs(self) -> "ChatCompletionRequest":
+        if self.top_logprobs is not None and not self.logprobs:
+            raise ApiError(
+                400,
+                "top_logprobs is only allowed with logprobs=true",
+                "invalid_request",
+                param="top_logprobs",
+            )
+        return self
+
+
+class LoadAdapterRequest(BaseModel):
+    """``/v1/load_lora_adapter``, as vLLM has it, with ``layout`` and ``pin``."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    lora_name: Annotated[str, Field(min_length=1)]
+    lora_path: Annotated[str, Field(min_length=1)]
+    load_inplace: bool = False
+    layout: str | None = None
+    pin: bool = False
+
+
+class UnloadAdapterRequest(BaseModel):
+    """``/v1/unload_lora_adapter``, as vLLM has it."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    lora_name: Annotated[str, Field(min_length=1)]
+    # vLLM's clients may send its internal number beside the name; it means nothing here.
+    lora_int_id: int | None = None

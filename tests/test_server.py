@@ -1,0 +1,428 @@
+"""The HTTP server, by the official client: texts, streams, choices, and bad requests."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from openai import BadRequestError, NotFoundError, OpenAI
+
+from moelora_jax import LLM, Prompt, Sampling
+from moelora_jax.cli.demo_files import ADAPTERS
+from moelora_jax.server.text import TextModel
+from tests.served_model import MODEL, Served, served, tiny_model
+
+PROMPT = "Hello, wörld"
+CHAT: Any = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hello?"}]
+#: The same sampling everywhere: greedy, and never ended by chance.
+GREEDY: dict[str, Any] = {"temperature": 0, "extra_body": {"ignore_eos": True}}
+MODELS = (MODEL, *ADAPTERS)
+
+
+#: CHAT as the model reads it.
+RENDERED = (
+    "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\nHello?<|im_end|>\n"
+    "<|im_start|>assistant\n"
+)
+SAMPLED = Sampling(temperature=1.5, top_k=50, top_p=0.9, seed=8)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("served")
+
+
+@pytest.fixture(scope="module")
+def llm(folder: Path) -> LLM:
+    return tiny_model(folder)
+
+
+@pytest.fixture(scope="module")
+def alone(llm: LLM, folder: Path) -> dict[tuple[str, str, Sampling], list[int]]:
+    """What the model generates for single rows, before it is served."""
+    text_model = TextModel.load(folder / "model", llm.config.eos_tokens)
+    rows = [(PROMPT, model, Sampling()) for model in MODELS]
+    rows += [(RENDERED, model, Sampling()) for model in (MODEL, "both-r16")]
+    rows += [(PROMPT, "experts-r8", SAMPLED)]
+
+    def generate(text: str, model: str, sampling: Sampling) -> list[int]:
+        prompt = Prompt(text_model.encode(text), None if model == MODEL else model)
+        (completion,) = llm.generate([prompt], max_new_tokens=24, sampling=sampling, stop_tokens=[])
+        return list(completion.tokens)
+
+    return {row: generate(*row) for row in rows}
+
+
+@pytest.fixture(scope="module")
+def server(llm: LLM, alone: object, folder: Path) -> Iterator[Served]:
+    with served(llm, folder) as server:
+        yield server
+
+
+@pytest.fixture(scope="module")
+def client(server: Served) -> Iterator[OpenAI]:
+    with OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0) as client:
+        yield client
+
+
+def streamed(chunks: Any) -> tuple[str, str | None]:
+    """Text and finish reason of a streamed completion."""
+    text, reason = "", None
+    for chunk in chunks:
+        for choice in chunk.choices:
+            text += choice.text
+            reason = choice.finish_reason or reason
+    return text, reason
+
+
+def error(server: Served, body: Any, path: str = "/v1/completions") -> dict[str, Any]:
+    """What is wrong with a request that is answered with 400."""
+    status, answer = server.request("POST", path, body)
+    assert status == 400, answer
+    assert answer["error"].keys() == {"message", "type", "param", "code"}
+    return answer["error"]
+
+
+def body(**values: Any) -> dict[str, Any]:
+    return {"model": MODEL, "prompt": PROMPT, "max_tokens": 2, **values}
+
+
+# What is answered.
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_streamed_is_whole_is_alone(server: Served, client: OpenAI, alone: Any, model: str) -> None:
+    text_model = server.service.text_model
+    options: Any = {"model": model, "prompt": PROMPT, "max_tokens": 24, **GREEDY}
+    whole = client.completions.create(**options)
+    (choice,) = whole.choices
+    assert streamed(client.completions.create(stream=True, **options)) == (choice.text, "length")
+
+    tokens = text_model.encode(PROMPT)
+    assert choice.text == text_model.tokenizer.decode(alone[PROMPT, model, Sampling()])
+    assert choice.finish_reason == "length"
+    assert whole.model == model
+    assert whole.usage is not None
+    assert (whole.usage.prompt_tokens, whole.usage.completion_tokens) == (len(tokens), 24)
+
+
+def test_the_model_names_the_adapter(server: Served, client: OpenAI) -> None:
+    texts = {
+        model: client.completions.create(
+            model=model, prompt=PROMPT, max_tokens=12, **GREEDY
+        ).choices[0].text
+        for model in (*MODELS, *(f"{MODEL}:{name}" for name in ADAPTERS))
+    }  # fmt: skip
+    assert len(set(texts.values())) == len(MODELS)
+    for name in ADAPTERS:
+        assert texts[f"{MODEL}:{name}"] == texts[name]
+
+
+def test_models(client: OpenAI) -> None:
+    cards = {card.id: card for card in client.models.list()}
+    assert cards.keys() == set(MODELS)
+    assert client.models.retrieve("experts-r24").model_dump()["rank"] == 24
+    assert client.models.retrieve("experts-r24").model_dump()["parent"] == MODEL
+    with pytest.raises(NotFoundError):
+        client.models.retrieve("nobody")
+
+
+@pytest.mark.parametrize("model", [MODEL, "both-r16"])
+def test_chat(server: Served, client: OpenAI, alone: Any, model: str) -> None:
+    text_model = server.service.text_model
+    tokens = text_model.encode(RENDERED)
+    expected = text_model.tokenizer.decode(alone[RENDERED, model, Sampling()][:10])
+    options: Any = {"model": model, "messages": CHAT, "max_tokens": 10, **GREEDY}
+    whole = client.chat.completions.create(**options)
+    assert whole.choices[0].message.content == expected
+    assert whole.choices[0].message.role == "assistant"
+    assert whole.choices[0].finish_reason == "length"
+    assert whole.usage is not None and whole.usage.prompt_tokens == len(tokens)
+
+    chunks = list(client.chat.completions.create(stream=True, **options))
+    deltas = [chunk.choices[0].delta for chunk in chunks]
+    assert deltas[0].role == "assistant"
+    assert "".join(delta.content or "" for delta in deltas) == expected
+    assert chunks[-1].choices[0].finish_reason == "length"
+    assert all(chunk.usage is None for chunk in chunks)
+
+
+def test_a_chat_may_take_all_positions_that_are_left(server: Served, client: OpenAI) -> None:
+    answer = client.chat.completions.create(model=MODEL, messages=CHAT, **GREEDY)
+    assert answer.usage is not None
+    assert answer.usage.total_tokens == server.llm.runtime.cache.max_length
+    parts: Any = [{"role": "user", "content": [{"type": "text", "text": "Hello?"}]}]
+    assert client.chat.completions.create(
+        model=MODEL, messages=parts, max_completion_tokens=1
+    ).choices[0].finish_reason in ("length", "stop")
+
+
+def test_usage_of_a_stream(client: OpenAI) -> None:
+    chunks = list(
+        client.completions.create(
+            model=MODEL,
+            prompt=PROMPT,
+            max_tokens=5,
+            n=2,
+            stream=True,
+            stream_options={"include_usage": True},
+            **GREEDY,
+        )
+    )
+    assert [chunk.usage for chunk in chunks[:-1]] == [None] * (len(chunks) - 1)
+    assert chunks[-1].choices == []
+    assert chunks[-1].usage is not None
+    assert chunks[-1].usage.completion_tokens == 10
+
+
+def test_several_prompts_and_choices(server: Served, client: OpenAI) -> None:
+    prompts = ["one", "two", [1, 2, 3]]
+    single = [
+        client.completions.create(model=MODEL, prompt=prompt, max_tokens=6, **GREEDY)
+        .choices[0].text
+        for prompt in prompts
+    ]  # fmt: skip
+    several = client.completions.create(
+        model=MODEL, prompt=["one", "two"], max_tokens=6, n=2, **GREEDY
+    )
+    assert [choice.index for choice in several.choices] == [0, 1, 2, 3]
+    texts = [choice.text for choice in several.choices]
+    assert texts == [single[0], single[0], single[1], single[1]]
+    chunks = client.completions.create(
+        model=MODEL, prompt=["one", "two"], max_tokens=6, n=2, stream=True, **GREEDY
+    )
+    joined = [""] * 4
+    for chunk in chunks:
+        joined[chunk.choices[0].index] += chunk.choices[0].text
+    assert joined == texts
+    tokens = client.completions.create(model=MODEL, prompt=[1, 2, 3], max_tokens=6, **GREEDY)
+    assert tokens.choices[0].text == single[2]
+
+
+def test_a_seed_repeats_its_choices(server: Served, client: OpenAI, alone: Any) -> None:
+    def sample(seed: int | None) -> list[str]:
+        answer = client.completions.create(
+            model="experts-r8", prompt=PROMPT, max_tokens=8, n=3, seed=seed,
+            temperature=SAMPLED.temperature, top_p=SAMPLED.top_p,
+            extra_body={"ignore_eos": True, "top_k": SAMPLED.top_k},
+        )  # fmt: skip
+        return [choice.text for choice in answer.choices]
+
+    first = sample(7)
+    assert first == sample(7)
+    assert len({*first, *sample(8), *sample(None)}) > 5
+    assert sample(-1) == sample(2**31 - 1)
+    # The second choice has the next seed.
+    tokens = alone[PROMPT, "experts-r8", SAMPLED][:8]
+    assert first[1] == server.service.text_model.tokenizer.decode(tokens)
+
+
+def test_echo(client: OpenAI) -> None:
+    plain = client.completions.create(model=MODEL, prompt=PROMPT, max_tokens=4, **GREEDY)
+    for prompt in (PROMPT, "tokens"):
+        options: Any = {"model": MODEL, "prompt": prompt, "max_tokens": 4, "echo": True, **GREEDY}
+        echoed = client.completions.create(**options).choices[0].text
+        assert echoed.startswith(prompt)
+        assert streamed(client.completions.create(stream=True, **options))[0] == echoed
+    assert (
+        client.completions.create(model=MODEL, prompt=PROMPT, max_tokens=4, echo=True, **GREEDY)
+        .choices[0].text
+        == PROMPT + plain.choices[0].text
+    )  # fmt: skip
+
+
+# Where it stops.
+
+
+def test_stop_tokens(server: Served, client: OpenAI, alone: Any) -> None:
+    text_model = server.service.text_model
+    tokens = alone[PROMPT, MODEL, Sampling()][:20]
+    stop = tokens[9]
+    first = tokens.index(stop)
+    answer = client.completions.create(
+        model=MODEL, prompt=PROMPT, max_tokens=20, temperature=0,
+        extra_body={"ignore_eos": True, "stop_token_ids": [stop]},
+    )  # fmt: skip
+    assert answer.choices[0].finish_reason == "stop"
+    assert answer.choices[0].text == text_model.tokenizer.decode(tokens[:first])
+    assert answer.usage is not None and answer.usage.completion_tokens == first + 1
+
+
+def test_stop_strings_across_tokens(server: Served, client: OpenAI) -> None:
+    """Every string of every length that occurs stops the text where it begins, streamed or not."""
+    text = client.completions.create(model=MODEL, prompt=PROMPT, max_tokens=20, **GREEDY)
+    whole = text.choices[0].text
+    for start, length in ((3, 1), (3, 2), (5, 4), (2, 6)):
+        stop = whole[start : start + length]
+        options: Any = {
+            "model": MODEL, "prompt": PROMPT, "max_tokens": 20, "stop": [stop, "not in it"],
+            **GREEDY,
+        }  # fmt: skip
+        answer = client.completions.create(**options).choices[0]
+        assert answer.text == whole[: whole.find(stop)], repr(stop)
+        assert answer.finish_reason == "stop"
+        assert streamed(client.completions.create(stream=True, **options)) == (answer.text, "stop")
+    server.wait_until_idle()
+
+
+# Bad requests.
+
+
+@pytest.mark.parametrize(
+    ("values", "param", "code"),
+    [
+        ({"temperature": -0.1}, "temperature", "invalid_request"),
+        ({"temperature": "hot"}, "temperature", "invalid_request"),
+        ({"temperature": True}, "temperature", "invalid_request"),
+        ({"top_p": 0}, "top_p", "invalid_request"),
+        ({"top_p": 1.5}, "top_p", "invalid_request"),
+        ({"top_k": -2}, "top_k", "invalid_request"),
+        ({"n": 0}, "n", "invalid_request"),
+        ({"n": 129}, "n", "invalid_request"),
+        ({"n": 2.5}, "n", "invalid_request"),
+        ({"max_tokens": 0}, "max_tokens", "invalid_request"),
+        ({"max_tokens": "5"}, "max_tokens", "invalid_request"),
+        ({"seed": 2**64}, "seed", "invalid_request"),
+        ({"logprobs": 21}, "logprobs", "invalid_request"),
+        ({"stop": ""}, "stop", "invalid_request"),
+        ({"stop": ["a", ""]}, "stop", "invalid_request"),
+        ({"prompt": []}, "prompt", "invalid_request"),
+        ({"prompt": [[]]}, None, "invalid_request"),
+        ({"prompt": ""}, None, "invalid_request"),
+        ({"prompt": [1, 272]}, None, "invalid_request"),
+        ({"prompt": [-1]}, "prompt", "invalid_request"),
+        ({"prompt": {"text": "a"}}, "prompt", "invalid_request"),
+        ({"prompt": ["a"] * 129}, "prompt", "invalid_request"),
+        ({"stop_token_ids": [-1]}, "stop_token_ids", "invalid_request"),
+        ({"model": 3}, "model", "invalid_request"),
+        ({"stream_options": {"include_usage": True}}, "stream_options", "invalid_request"),
+        ({"max_tokens": 200}, None, "context_length_exceeded"),
+        ({"prompt": "a" * 128}, None, "context_length_exceeded"),
+        ({"echo": True, "logprobs": 1}, "echo", "unsupported_parameter"),
+        ({"best_of": 2}, "best_of", "unsupported_parameter"),
+        ({"suffix": "end"}, "suffix", "unsupported_parameter"),
+        ({"logit_bias": {"5": 1}}, "logit_bias", "unsupported_parameter"),
+        ({"frequency_penalty": 0.5}, "frequency_penalty", "unsupported_parameter"),
+        ({"tools": [{"type": "function"}]}, "tools", "unsupported_parameter"),
+        ({"temprature": 0}, "temprature", "unknown_parameter"),
+        ({"messages": []}, "messages", "unknown_parameter"),
+    ],
+)
+def test_bad_values_are_named(
+    server: Served, values: dict[str, Any], param: str | None, code: str
+) -> None:
+    found = error(server, body(**values))
+    assert (found["param"], found["code"]) == (param, code)
+    assert found["type"] == "invalid_request_error"
+    if param is not None:
+        assert param in found["message"]
+
+
+@pytest.mark.parametrize("name", ["temperature", "top_p", "seed"])
+@pytest.mark.parametrize("value", ["NaN", "Infinity", "-Infinity", "1e999"])
+def test_numbers_that_are_none(server: Served, name: str, value: str) -> None:
+    sent = json.dumps(body()).removesuffix("}") + f', "{name}": {value}}}'
+    assert error(server, sent.encode())["param"] in (name, None)
+
+
+@pytest.mark.parametrize(
+    "sent",
+    [
+        b"",
+        b"{",
+        b"nonsense",
+        b"[]",
+        b"null",
+        b'"text"',
+        b"\xff\xfe",
+        b'{"model": "tiny", "prompt": "\xc3"}',
+        b'{"model": "tiny", "prompt": "\\ud800"}',
+        b"[" * 100_000,
+        b'{"model": "tiny", "prompt": "a", "max_tokens": ' + b"9" * 5000 + b"}",
+    ],
+)
+def test_bodies_that_are_no_requests(server: Served, sent: bytes) -> None:
+    error(server, sent)
+
+
+@pytest.mark.parametrize(
+    ("values", "param"),
+    [
+        ({"messages": []}, "messages"),
+        ({"messages": [{"content": "no role"}]}, "messages"),
+        ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "messages"),
+        ({"response_format": {"type": "json_object"}}, "response_format"),
+        ({"tools": [{"type": "function"}]}, "tools"),
+        ({"logprobs": 3}, "logprobs"),
+        ({"top_logprobs": 3}, "top_logprobs"),
+        ({"modalities": ["text", "audio"]}, "modalities"),
+        ({"prompt": "text"}, "prompt"),
+    ],
+)
+def test_bad_chats_are_named(server: Served, values: dict[str, Any], param: str) -> None:
+    chat = {"model": MODEL, "messages": CHAT, "max_tokens": 2, **values}
+    assert error(server, chat, "/v1/chat/completions")["param"] == param
+
+
+def test_what_asks_for_nothing_is_accepted(server: Served) -> None:
+    neutral = {
+        "frequency_penalty": 0, "presence_penalty": 0.0, "logit_bias": {}, "suffix": None,
+        "best_of": 1, "user": "me", "metadata": {"a": "b"}, "store": False, "service_tier": "auto",
+        "stop": None, "seed": None, "logprobs": None, "top_k": -1, "response_format": None,
+    }  # fmt: skip
+    status, answer = server.request("POST", "/v1/completions", body(**neutral))
+    assert status == 200, answer
+
+
+def test_unknown_models_and_paths(server: Served, client: OpenAI) -> None:
+    for model in ("gpt-4o", f"{MODEL}:nobody", "nobody:experts-r8", "", f"{MODEL}:"):
+        status, answer = server.request("POST", "/v1/completions", body(model=model))
+        assert (status, answer["error"]["code"]) == (404, "model_not_found")
+        assert answer["error"]["param"] == "model"
+    with pytest.raises(NotFoundError, match="gpt-4o"):
+        client.completions.create(model="gpt-4o", prompt="a")
+    with pytest.raises(BadRequestError, match="temperature"):
+        client.completions.create(model=MODEL, prompt="a", temperature=-1)
+    assert server.request("GET", "/v1/nothing")[0] == 404
+    assert server.request("GET", "/v1/nothing")[1]["error"]["code"] == "not_found"
+    assert server.request("GET", "/v1/completions")[0] == 405
+    status, answer = server.request(
+        "POST", "/v1/completions", body(), headers={"Content-Type": "text/plain"}
+    )
+    assert (status, answer["error"]["code"]) == (415, "unsupported_media_type")
+
+
+# What it tells about itself.
+
+
+def test_metrics_add_up(server: Served, client: OpenAI) -> None:
+    server.wait_until_idle()
+    before = server.metrics()
+    for model in (MODEL, "experts-r8"):
+        client.completions.create(model=model, prompt=[1, 2, 3], max_tokens=5, n=2, **GREEDY)
+    server.wait_until_idle()
+    after = server.metrics()
+
+    def more(name: str) -> float:
+        return after[name] - before.get(name, 0)
+
+    assert more("moelora_requests_submitted_total") == 4
+    assert more("moelora_prompt_tokens_total") == 12
+    assert more("moelora_generated_tokens_total") == 20
+    assert more('moelora_requests_finished_total{reason="length"}') == 4
+    for name in (MODEL, "experts-r8"):
+        assert more(f'moelora_adapter_requests_total{{adapter="{name}"}}') == 2
+        assert more(f'moelora_adapter_generated_tokens_total{{adapter="{name}"}}') == 10
+        assert more(f'moelora_time_to_first_token_seconds_count{{adapter="{name}"}}') == 2
+        assert more(f'moelora_inter_token_latency_seconds_count{{adapter="{name}"}}') == 8
+        assert more(f'moelora_request_duration_seconds_count{{adapter="{name}"}}') == 2
+    assert more('moelora_http_responses_total{path="/v1/completions",status="200"}') == 2
+    assert after["moelora_compilations_total"] == 0
+    assert after["moelora_address_changes_total"] == 0
+    assert after["moelora_kv_blocks_used"] == 0
+    assert after["moelora_requests_running"] == after["moelora_requests_waiting"] == 0
+
+
+def test_health(server: Served) -> None:
+    assert server.request("GET", "/health") == (200, {"status": "ok"})
