@@ -4,6 +4,8 @@ Safetensors is the only tensor format that this package reads: a file is a heade
 shapes and offsets followed by raw numbers, so opening one can never run code.
 """
 
+import json
+import os
 from collections.abc import Collection
 from pathlib import Path
 from types import TracebackType
@@ -11,7 +13,7 @@ from typing import Any, NamedTuple
 
 import ml_dtypes
 import numpy as np
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError, deserialize, safe_open
 
 from moelora_jax.errors import MoeLoraError
 
@@ -40,7 +42,9 @@ class TensorHeader(NamedTuple):
 class SafetensorsFile:
     """A safetensors file, open for reading; a context manager that closes it.
 
-    Opening reads and checks the header only; :meth:`read` copies one tensor.
+    Opening reads and checks the header only; :meth:`read` copies one tensor. The file is mapped
+    into memory: should it shrink meanwhile, the system ends the process. A file that others may
+    change while a server reads it is opened with ``in_memory``, which reads all of it at once.
 
     ::
 
@@ -56,23 +60,45 @@ class SafetensorsFile:
     Args:
         path: the file to open.
         error: the exception class of every failure, here and in :meth:`read`.
+        in_memory: read the whole file now.
 
     Raises:
-        error: if the file is missing, unreadable or truncated, or its header contradicts itself or
-            the file's size.
+        error: if the file is missing, unreadable or truncated, its header contradicts itself or
+            the file's size, or with ``in_memory`` it changed while it was read.
     """
 
-    def __init__(self, path: str | Path, error: type[MoeLoraError]) -> None:
+    def __init__(
+        self, path: str | Path, error: type[MoeLoraError], *, in_memory: bool = False
+    ) -> None:
         self.path = Path(path)
         self._error = error
         if not self.path.is_file():
             raise error(f"{self.path}: no such file")
-        self._file: Any
+        self._file: Any = None
+        self._tensors: dict[str, Any] = {}  # With in_memory, in place of the file.
         try:
-            self._file = safe_open(self.path, framework="np")
-            self.headers = {name: self._header(name) for name in self._file.offset_keys()}
+            if in_memory:
+                self._tensors = _deserialize(self._read_bytes())
+                self.headers = {
+                    name: TensorHeader(tensor["dtype"], tuple(tensor["shape"]))
+                    for name, tensor in self._tensors.items()
+                }
+            else:
+                self._file = safe_open(self.path, framework="np")
+                self.headers = {name: self._header(name) for name in self._file.offset_keys()}
         except (SafetensorError, OSError) as cause:
             raise error(f"{self.path}: not a readable safetensors file: {cause}") from cause
+
+    def _read_bytes(self) -> bytes:
+        with self.path.open("rb") as file:
+            before = os.fstat(file.fileno())
+            data = file.read()
+            after = os.fstat(file.fileno())
+        if (before.st_size, before.st_mtime_ns) != (after.st_size, after.st_mtime_ns):
+            raise self._error(
+                f"{self.path}: changed while it was read; write a new folder and rename it instead"
+            )
+        return data
 
     def _header(self, name: str) -> TensorHeader:
         # A slice is a handle: nothing is read before it is indexed.
@@ -88,7 +114,9 @@ class SafetensorsFile:
         value: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        self._file.__exit__(kind, value, traceback)
+        self._tensors = {}
+        if self._file is not None:
+            self._file.__exit__(kind, value, traceback)
 
     def read(self, name: str, dtypes: Collection[str] = FLOAT_DTYPES.keys()) -> np.ndarray:
         """Read one tensor, in the dtype of the file (bfloat16 as ``ml_dtypes.bfloat16``).
@@ -110,8 +138,20 @@ class SafetensorsFile:
             raise self._error(
                 f"{self.path}: tensor {name!r} has dtype {dtype}; supported are {', '.join(dtypes)}"
             )
+        if self._file is None:
+            values = np.frombuffer(self._tensors[name]["data"], FLOAT_DTYPES[dtype])
+            return values.reshape(self.headers[name].shape)
         try:
             tensor: np.ndarray = self._file.get_tensor(name)
         except (SafetensorError, OSError) as cause:
             raise self._error(f"{self.path}: tensor {name!r} cannot be read: {cause}") from cause
         return tensor
+
+
+def _deserialize(data: bytes) -> dict[str, Any]:
+    """Dtype, shape and bytes of the tensors of a file, in the order in which they are stored."""
+    tensors = dict(deserialize(data))  # In no order, but the header is proven to be sound.
+    header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
+    return {
+        name: tensors[name] for name in sorted(tensors, key=lambda n: header[n]["data_offsets"])
+    }

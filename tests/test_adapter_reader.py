@@ -3,6 +3,7 @@
 import dataclasses
 import itertools
 import json
+import os
 import re
 import struct
 import tempfile
@@ -659,12 +660,13 @@ def test_lying_header_is_refused(
         damaged(struct.pack("<Q", len(header)) + header + bytes(768))
 
 
-def test_safetensors_file_raises_the_given_error(tmp_path: Path) -> None:
+@pytest.mark.parametrize("in_memory", [False, True])
+def test_safetensors_file_raises_the_given_error(tmp_path: Path, in_memory: bool) -> None:
     path = tmp_path / "model.safetensors"
     with pytest.raises(CheckpointError, match="no such file"):
-        SafetensorsFile(path, CheckpointError)
+        SafetensorsFile(path, CheckpointError, in_memory=in_memory)
     path.write_bytes(save({"b": np.ones((2, 3), ml_dtypes.bfloat16), "i": np.ones(2, np.int32)}))
-    with SafetensorsFile(path, CheckpointError) as file:
+    with SafetensorsFile(path, CheckpointError, in_memory=in_memory) as file:
         assert {name: tuple(header) for name, header in file.headers.items()} == {
             "b": ("BF16", (2, 3)),
             "i": ("I32", (2,)),
@@ -674,6 +676,33 @@ def test_safetensors_file_raises_the_given_error(tmp_path: Path) -> None:
             file.read("i")
         with pytest.raises(CheckpointError, match="no tensor 'c'"):
             file.read("c")
+
+
+def test_a_file_in_memory_may_change(tmp_path: Path) -> None:
+    """A mapped file that shrinks ends the process; this one is not looked at any more."""
+    path = tmp_path / "model.safetensors"
+    value = np.arange(10_000, dtype=np.float32)
+    path.write_bytes(save({"a": value}))
+    with SafetensorsFile(path, AdapterError, in_memory=True) as file:
+        path.write_bytes(b"")
+        np.testing.assert_array_equal(file.read("a"), value)
+
+
+def test_a_file_that_changes_while_it_is_read_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(save({"a": np.ones(10, np.float32)}))
+    honest = os.fstat
+
+    def fstat_and_write(descriptor: int) -> os.stat_result:
+        found = honest(descriptor)
+        path.write_bytes(save({"a": np.zeros(20, np.float32)}))
+        return found
+
+    monkeypatch.setattr(os, "fstat", fstat_and_write)
+    with pytest.raises(AdapterError, match="changed while it was read"):
+        SafetensorsFile(path, AdapterError, in_memory=True)
 
 
 # The options.

@@ -171,7 +171,8 @@ def read_adapter(
         raise LayoutError(f"layout {layout!r} is not one of {', '.join(EXPERT_LAYOUTS)}")
     folder = Path(folder)
     config = read_adapter_config(folder)
-    with SafetensorsFile(adapter_weights(folder), AdapterError) as file:
+    # In memory, because an adapter may be written anew while a server reads it.
+    with SafetensorsFile(adapter_weights(folder), AdapterError, in_memory=True) as file:
         reader = _Reader(file, config, sites, module_names, layout)
         found, updates = reader.read()
         copies = reader.base_weights()
