@@ -1,7 +1,8 @@
 """Run in a process of its own: compiles a model's programs for an H200 and prints what is in them.
 
 Prints one JSON object: for each program its donated, aliased, temporary and new output bytes, and
-the launches outside and inside of the loop over layers, by the kind of thunk XLA makes of them.
+the launches outside and inside of the loop over layers, by the kind of thunk XLA makes of them, and
+how many copies are among all.
 """
 
 import json
@@ -9,6 +10,7 @@ import os
 import re
 import sys
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -84,6 +86,16 @@ def main() -> None:
         for kind, bucket, lora in PROGRAMS
     ]
     programs.append(("tiny lora", tiny, ProgramKey("decode", Bucket(4, 4), True)))
+    # Adapters may also change router, embedding and head.
+    everywhere = replace(
+        RUNTIME, lora=replace(RUNTIME.lora, optional_sites=("router", "embed_tokens", "lm_head"))
+    )
+    runner = Runner(model, MODEL, everywhere, jnp.bfloat16)
+    programs += [
+        (f"{kind} everywhere", runner, ProgramKey(kind, bucket, lora))
+        for kind, bucket, lora in PROGRAMS
+        if lora
+    ]
     for name, runner, key in programs:
         before = set(Path(DUMP.name).iterdir())
         program = compile_for_h200(
@@ -100,6 +112,7 @@ def main() -> None:
             "aliased_bytes": memory.alias_size_in_bytes,
             "new_output_bytes": memory.output_size_in_bytes - memory.alias_size_in_bytes,
             "temporary_bytes": memory.temp_size_in_bytes,
+            "copies": len(re.findall(r"\d+: kCopy", sequence.read_text())),
             **thunks(sequence.read_text()),
         }
     print(json.dumps(report))

@@ -32,7 +32,14 @@ def programs() -> dict[str, dict[str, Any]]:
     return json.loads(done.stdout.splitlines()[-1])
 
 
-PROGRAMS = ["decode lora", "decode base", "prefill lora", "tiny lora"]
+PROGRAMS = [
+    "decode lora",
+    "decode base",
+    "prefill lora",
+    "tiny lora",
+    "decode everywhere",
+    "prefill everywhere",
+]
 
 
 @pytest.mark.parametrize("name", PROGRAMS)
@@ -45,16 +52,28 @@ def test_every_donated_byte_is_updated_in_place(programs: dict[str, Any], name: 
 
 def test_the_layers_of_a_decode_step_are_one_command_buffer(programs: dict[str, Any]) -> None:
     """No launch of a decode step is outside of a command buffer but the loop's own condition."""
-    for name in ("decode lora", "decode base"):
+    for name in ("decode lora", "decode base", "decode everywhere"):
         program = programs[name]
         assert program["top"] == ["CommandBuffer", "While", "CommandBuffer"]
         assert program["body"] == ["CommandBuffer"]
 
 
-def test_the_layers_of_a_prefill_step_are_one_command_buffer(programs: dict[str, Any]) -> None:
-    program = programs["prefill lora"]
+@pytest.mark.parametrize("name", ["prefill lora", "prefill everywhere"])
+def test_the_layers_of_a_prefill_step_are_one_command_buffer(
+    programs: dict[str, Any], name: str
+) -> None:
+    program = programs[name]
     assert program["top"].count("While") == 1
     assert program["body"] == ["CommandBuffer"]
+
+
+@pytest.mark.parametrize("kind", ["decode", "prefill"])
+def test_adapters_outside_of_the_experts_cost_no_copies(
+    programs: dict[str, Any], kind: str
+) -> None:
+    """What they change is added in place: to the router's logits, embeddings, and the head's."""
+    with_them, without = programs[f"{kind} everywhere"], programs[f"{kind} lora"]
+    assert with_them["copies"] <= without["copies"]
 
 
 @pytest.mark.parametrize("name", PROGRAMS)

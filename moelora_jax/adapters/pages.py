@@ -348,15 +348,14 @@ class PagePool:
         )
 
     def unpack(self, packed: PackedAdapter) -> Adapter:
-        """The inverse of :meth:`pack`: factors in the pool's dtype, shared ones the same array."""
-        factors: dict[tuple[int, int, int, int], np.ndarray] = {}
+        """The inverse of :meth:`pack`: factors in the pool's dtype, shared ones the same memory."""
+        factors: dict[tuple[int, int, int], np.ndarray] = {}
 
-        def factor(side: int, width: int, numbers: np.ndarray, rank: int) -> np.ndarray:
-            key = side, width, int(numbers[0]), rank
+        def rows_of(width: int, numbers: np.ndarray, rank: int) -> np.ndarray:
+            key = width, int(numbers[0]), rank
             if key not in factors:
                 numbers = numbers[: pages_of_rank(rank)]
-                rows = packed.pages[width][numbers].reshape(-1, width)[:rank]
-                factors[key] = rows if side == _A else rows.T
+                factors[key] = packed.pages[width][numbers].reshape(-1, width)[:rank]
             return factors[key]
 
         updates = {}
@@ -365,8 +364,8 @@ class PagePool:
             for row, expert in np.argwhere(ranks).tolist():
                 rank = int(ranks[row, expert])
                 updates[Target(site.layers[row], site.name, expert)] = LowRankUpdate(
-                    a=factor(_A, site.in_features, pages[row, _A, :, expert], rank),
-                    b=factor(_B, site.out_features, pages[row, _B, :, expert], rank),
+                    a=rows_of(site.in_features, pages[row, _A, :, expert], rank),
+                    b=rows_of(site.out_features, pages[row, _B, :, expert], rank).T,
                     scaling=float(packed.scalings[site.name][row, expert]),
                 )
         return Adapter(packed.layout, updates, packed.source)

@@ -1,12 +1,13 @@
-"""LoRA of dense layers against NumPy float64."""
+"""LoRA of dense layers and of embeddings against NumPy float64."""
 
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from hypothesis import given, settings
 
-from moelora_kernels import dense_lora, sort_tokens
+from moelora_kernels import dense_lora, embedding_lora, sort_tokens
 from tests.kernels.cases import (
+    LAYER,
     LayerCase,
     LayerSpec,
     Shape,
@@ -69,6 +70,56 @@ def test_dense_lora(spec: LayerSpec) -> None:
     base = [t for t in range(case.shape.tokens) if case.adapter_of_token[t] < 0]
     base = np.asarray(base, np.int32)
     assert_same_bits(result[base], y[base].astype(result.dtype))
+
+
+@settings(max_examples=40)
+@given(spec=layer_specs(SHAPES))
+def test_embedding_lora(spec: LayerSpec) -> None:
+    """The same of a vocabulary of ``hidden`` tokens, each of them a one-hot input."""
+    case = LayerCase(spec)
+    vocabulary, tokens = case.shape.hidden, case.shape.tokens
+    ids = np.random.default_rng(spec.seed).integers(vocabulary, size=tokens).astype(np.int32)
+    y = base_output(case)
+    pages = case.pages().gate
+    pages = pages._replace(table=pages.table[LAYER:], scaling=pages.scaling[LAYER:])
+    expected = y.copy()
+    for token in range(case.num_tokens):
+        update = case.update("gate", token)
+        if update is not None:
+            expected[token] += update.scaling * (update.b.T @ update.a[:, ids[token]])
+    result = np.asarray(
+        compiled(embedding_lora, tile_rows=TILE_ROWS)(
+            poisoned((tokens + 2, y.shape[1]), case.dtype),
+            jnp.asarray(ids),
+            case.cast(y),
+            pages,
+            case.token_sort(TILE_ROWS),
+        )
+    )[:tokens]
+    assert_close(result[: case.num_tokens], expected[: case.num_tokens], case.dtype)
+    base = np.flatnonzero(case.adapter_of_token < 0)
+    assert_same_bits(result[base], y[base].astype(result.dtype))
+
+
+def test_an_output_of_a_wider_dtype() -> None:
+    """Logits of the router and of the head are float32, whatever the compute dtype."""
+    case = LayerCase(LayerSpec(SHAPES[2], dtype="bfloat16", num_tokens=31))
+    y = base_output(case)
+    result = compiled(dense_lora, tile_rows=TILE_ROWS)(
+        None,
+        case.cast(case.x),
+        jnp.asarray(y, jnp.float32),
+        case.pages().gate,
+        case.token_sort(TILE_ROWS),
+        case.layer,
+    )
+    assert result.dtype == jnp.float32
+    real = slice(0, case.num_tokens)
+    error = np.asarray(result, np.float64)[real] - expected_output(case)[real]
+    # Rank activations are rounded to bfloat16, of which the change is some hundred times the step.
+    assert np.abs(error).max() < 0.03
+    base = np.flatnonzero(case.adapter_of_token < 0)
+    assert_same_bits(np.asarray(result)[base], y.astype(np.float32)[base])
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

@@ -13,9 +13,9 @@ import torch
 
 from moelora_jax.config import MoeConfig
 from moelora_jax.moe import MoeParams, moe_experts
-from moelora_kernels import ExpertGroups, route, sort_tokens
+from moelora_kernels import ExpertGroups, dense_lora, embedding_lora, route, sort_tokens
 from moelora_kernels.tuning.tiles import GemmTiles, MoeTiles, ShrinkTiles
-from tests.kernels.cases import LayerCase, LayerSpec, Shape, relative_error
+from tests.kernels.cases import LAYER, LayerCase, LayerSpec, Shape, relative_error
 
 
 def to_torch(value: Any) -> Any:
@@ -47,6 +47,8 @@ SHAPES = (
     Shape(7, 8, 8, 40, 20, 5, 4),
     Shape(33, 2, 6, 48, 24, 10, 2),
 )
+#: One expert and one choice: the gate projection is a dense linear layer.
+DENSE_SHAPES = (Shape(7, 1, 1, 32, 32, 5, 4), Shape(33, 1, 1, 20, 48, 10, 2))
 #: Runs of rows, and a second step over pages and over adapters.
 RUNS = ShrinkTiles(block_k=32, num_warps=1, num_stages=1, run_rows=16, slots=2)
 TILES = MoeTiles(16, GemmTiles(16, 16, 1, 1), GemmTiles(16, 16, 1, 1), RUNS, RUNS)
@@ -129,14 +131,49 @@ def check_route() -> None:
     print("route", flush=True)
 
 
+def check_dense(shape: Shape, dtype: str) -> None:
+    """A linear layer of float32 outputs, as the router and the head are; and an embedding."""
+    case = LayerCase(LayerSpec(shape, dtype=dtype, num_tokens=shape.tokens - 1, seed=4))  # type: ignore[arg-type]
+    pages = case.pages().gate
+    first = pages._replace(table=pages.table[LAYER:], scaling=pages.scaling[LAYER:])
+    rng = np.random.default_rng(0)
+    y = jnp.asarray(rng.normal(size=(shape.tokens, shape.intermediate)), jnp.float32)
+    ids = jnp.asarray(rng.integers(shape.hidden, size=shape.tokens), jnp.int32)
+    outputs: dict[Any, list[np.ndarray]] = {}
+    for name in ("reference", "triton"):
+        sort = sort_tokens(
+            jnp.zeros((shape.tokens, 1), jnp.int32),
+            jnp.asarray(case.adapter_of_token),
+            case.device_num_tokens,
+            num_experts=1,
+            num_adapters=shape.adapters,
+            tile_rows=16,
+            implementation=name,  # type: ignore[arg-type]
+        )
+        options: Any = {"tile_rows": 16, "implementation": name}
+        outputs[name] = [
+            np.asarray(dense_lora(case.cast(case.x), y, pages, sort, case.layer, **options)),
+            np.asarray(embedding_lora(ids, y.astype(dtype), first, sort, **options)),
+        ]
+    base = case.adapter_of_token < 0
+    for expected, actual in zip(outputs["reference"], outputs["triton"], strict=True):
+        assert relative_error(actual, expected.astype(np.float64)) <= (
+            1e-5 if dtype == "float32" else 2e-3
+        )
+        assert actual[base].tobytes() == expected[base].tobytes()
+    assert (outputs["triton"][0][~base] != np.asarray(y)[~base]).any()
+    print("dense", tuple(shape), dtype, flush=True)
+
+
 def main() -> None:
     from moelora_kernels.combine import triton as combine
+    from moelora_kernels.dense_lora import triton as dense
     from moelora_kernels.expert_lora import triton as expert_lora
     from moelora_kernels.one_token import triton as one_token
     from moelora_kernels.router import triton as router
     from moelora_kernels.sort import triton as sort
 
-    for module in (combine, expert_lora, one_token, router, sort):
+    for module in (combine, dense, expert_lora, one_token, router, sort):
         module.launch = interpret  # type: ignore[attr-defined]
     check_route()
     check_sort()
@@ -147,6 +184,9 @@ def main() -> None:
     for shape in SHAPES:
         check_layer(shape, "float32", None, None)
         check_layer(shape, "float16", shape.tokens // 2, TILES)
+    for shape in DENSE_SHAPES:
+        check_dense(shape, "float32")
+        check_dense(shape, "float16")
 
 
 if __name__ == "__main__":
