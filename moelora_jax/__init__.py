@@ -9,10 +9,11 @@ from moelora_jax.config import (
     MoeConfig,
     RuntimeConfig,
 )
-from moelora_jax.engine.async_engine import AsyncEngine, Stream
+from moelora_jax.engine.async_engine import AsyncEngine
 from moelora_jax.engine.llm import LLM, Completion, Prompt
 from moelora_jax.engine.requests import EngineStats, Request, TokenOutput
 from moelora_jax.engine.sampling import Sampling
+from moelora_jax.engine.stream import Stream
 from moelora_jax.engine.trace import Trace
 from moelora_jax.errors import (
     AdapterError,

@@ -33,7 +33,8 @@ class Batch(NamedTuple):
     said otherwise; T and R are the bucket's tokens and sequences.
 
     Attributes:
-        tokens: ``[T]`` token ids.
+        tokens: ``[T]`` token ids. -1 - s stands for the token that was last sampled for seat s: the
+            host may pack a step before it knows that token.
         positions: ``[T]`` position of each token in its sequence.
         adapter_of_token: ``[T]`` adapter slot, or -1 for the base model and for padding.
         sequence_of_token: ``[T]`` row of the block table.
@@ -45,6 +46,9 @@ class Batch(NamedTuple):
         top_k: ``[R]`` tokens to sample from; 0 means all.
         top_p: float32 ``[R]`` probability mass to sample from.
         seed: ``[R]`` random seed of each sequence.
+        seat: ``[R]`` where the sampled token is kept for later steps; one past the last seat for
+            rows that sample nothing.
+        logprobs: ``[]`` 1 if any row wants log-probabilities.
     """
 
     tokens: Any
@@ -59,6 +63,8 @@ class Batch(NamedTuple):
     top_k: Any
     top_p: Any
     seed: Any
+    seat: Any
+    logprobs: Any
 
 
 @dataclass(frozen=True)
@@ -84,6 +90,8 @@ class BatchLayout:
             top_k=sequences,
             top_p=sequences,
             seed=sequences,
+            seat=sequences,
+            logprobs=(),
         )
         return Batch(
             *(
@@ -102,6 +110,7 @@ class BatchLayout:
         batch = Batch(*(np.zeros(field.shape, field.dtype) for field in self.shapes()))
         batch.adapter_of_token[:] = -1
         batch.top_p[:] = 1.0
+        batch.seat[:] = np.iinfo(np.int32).max
         return batch
 
     def pack(self, batch: Batch) -> np.ndarray:

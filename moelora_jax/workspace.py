@@ -43,10 +43,17 @@ class KVCache(NamedTuple):
 
 
 class DeviceState(NamedTuple):
-    """All that a program updates in place."""
+    """All that a program updates in place.
+
+    Attributes:
+        workspace: intermediates.
+        cache: the KV cache.
+        sampled: int32 ``[max_sequences]``, the token that was last sampled for each seat.
+    """
 
     workspace: Workspace
     cache: KVCache
+    sampled: Buffer
 
 
 def device_state_shapes(
@@ -75,7 +82,8 @@ def device_state_shapes(
         ),
         jnp.dtype(dtype),
     )
-    return DeviceState(Workspace(moe, adapter_sort), KVCache(cache, cache))
+    sampled: Any = jax.ShapeDtypeStruct((runtime.buckets.max_sequences,), jnp.int32)
+    return DeviceState(Workspace(moe, adapter_sort), KVCache(cache, cache), sampled)
 
 
 def allocate(shapes: DeviceState) -> DeviceState:

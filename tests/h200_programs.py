@@ -108,6 +108,7 @@ def main() -> None:
         )
         memory = program.memory_analysis()
         report[name] = {
+            "rows": key.bucket.sequences,
             "donated_bytes": num_bytes(runner.state),
             "aliased_bytes": memory.alias_size_in_bytes,
             "new_output_bytes": memory.output_size_in_bytes - memory.alias_size_in_bytes,

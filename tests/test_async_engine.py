@@ -6,8 +6,9 @@ from collections.abc import Iterator
 import pytest
 
 from moelora_jax import LLM, CapacityError, Prompt, RequestError
-from moelora_jax.engine.async_engine import AsyncEngine, Stream
+from moelora_jax.engine.async_engine import AsyncEngine
 from moelora_jax.engine.requests import Request, TokenOutput
+from moelora_jax.engine.stream import Stream
 from moelora_jax.errors import QueueFullError
 from tests.tiny_llm import random_adapter, tiny_llm
 

@@ -5,7 +5,7 @@ factors of one width share one pool, whichever site, layer and expert they belon
 occupies one *slot*: one index of the adapters axis of every page table.
 """
 
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import NamedTuple
@@ -400,6 +400,21 @@ class PagePool:
             CapacityError: its pages do not fit, the slot's present ones counted as free; nothing is
                 changed.
         """
+        for _ in self.write_in_pieces(slot, packed):
+            pass
+
+    def write_in_pieces(self, slot: int, packed: PackedAdapter) -> Iterator[None]:
+        """As :meth:`write`, but other work may go on between the pieces.
+
+        The slot is emptied and the pages are taken at once; until the last piece was written the
+        slot reads as empty. To give up, stop iterating and :meth:`clear` the slot.
+
+        Returns:
+            Writes at most ``CHUNK_BYTES`` each time it is advanced.
+
+        Raises:
+            CapacityError: as :meth:`write`.
+        """
         self._check_slot(slot)
         if shortage := self.shortage([packed], clearing=[slot]):
             raise CapacityError(
@@ -412,12 +427,18 @@ class PagePool:
             for width, count in packed.pages_by_width.items()
         }
         self._rows_of_slot[slot] = rows
+        return self._write_pieces(slot, packed, rows)
+
+    def _write_pieces(
+        self, slot: int, packed: PackedAdapter, rows: Mapping[int, np.ndarray]
+    ) -> Iterator[None]:
         # Pages first: until the table names them, no computation reads them.
         for width, pages in packed.pages.items():
             chunk = self._chunk_pages[width]
             for start in range(0, len(pages), chunk):
                 part = slice(start, start + chunk)
                 self._write_chunk(width, rows[width][part], pages[part])
+                yield
         self._write_table(slot, self._place(packed.tables, rows))
 
     def clear(self, slot: int) -> None:

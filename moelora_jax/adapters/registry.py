@@ -1,7 +1,9 @@
 """The adapters that requests may name: all in host memory, the recent ones on the device, too."""
 
-from collections.abc import Collection, Iterable, Mapping
+import itertools
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 from moelora_jax.adapters.adapter import Adapter
 from moelora_jax.adapters.pages import PackedAdapter, PagePool
@@ -56,11 +58,34 @@ class Counters:
     host_evictions: int = 0
 
 
-@dataclass
-class _Entry:
+@dataclass(eq=False)
+class AdapterVersion:
+    """What was loaded under a name at one time. A reload makes a new version.
+
+    Attributes:
+        name: what requests call it.
+        number: positive, and different for every version that was ever loaded.
+        packed: its pages in host memory.
+        pinned: whether it stays on the device.
+        slot: its slot on the device, or None.
+        users: how many times it is held. While it is held and has a slot, it keeps the slot, even
+            if the name is loaded again or unloaded.
+    """
+
+    name: str
+    number: int
     packed: PackedAdapter
     pinned: bool
     slot: int | None = None
+    users: int = 0
+
+
+class _Write(NamedTuple):
+    """A version on its way to its slot."""
+
+    version: AdapterVersion
+    slot: int
+    pieces: Iterator[None]
 
 
 class AdapterRegistry:
@@ -68,7 +93,12 @@ class AdapterRegistry:
 
     Every loaded adapter is kept packed in host memory. Those used last are also *resident*: they
     have a slot on the device, and leave it, the least recently used first, when others need the
-    room. A pinned adapter is always resident. Loading, pinning and acquiring count as use.
+    room. A pinned adapter is always resident. Loading, pinning, acquiring and holding count as use.
+
+    An engine that runs for long holds the version of each sequence. A version that is held keeps
+    its slot, so a reload gives the new version another slot, or lets it wait in host memory; the
+    old one leaves when it is released. Such an engine installs adapters without writing them, and
+    writes them in pieces, one adapter at a time.
 
     A method that raises leaves the registry and the pool as they were. As with the pool, calls must
     come from one thread, or under one lock.
@@ -91,7 +121,10 @@ class AdapterRegistry:
         self.pool = pool
         self.host_limit = host_bytes
         self.counters = Counters()
-        self._entries: dict[str, _Entry] = {}  # least recently used first
+        self._entries: dict[str, AdapterVersion] = {}  # least recently used first
+        self._numbers = itertools.count(1)
+        self._write_in_progress: _Write | None = None
+        self._replaced: list[AdapterVersion] = []  # held, and no name means them any more
 
     def __contains__(self, name: object) -> bool:
         return name in self._entries
@@ -141,30 +174,29 @@ class AdapterRegistry:
                 pinned and does not fit on the device beside the other pinned adapters.
         """
         _check_name(name)
+        self.finish_write()
         packed = self.pool.pack(adapter)
         old = self._entries.get(name)
-        entry = _Entry(packed, pinned=pin or (old is not None and old.pinned))
+        version = self._version(name, packed, pin)
         try:
             evicted = self._plan_evictions({name: packed}, keep=[name])
             fits = True
         except CapacityError:
-            if entry.pinned:
+            if version.pinned:
                 raise
-            evicted = [] if old is None or old.slot is None else [name]
+            evicted = [] if old is None or old.slot is None or old.users else [name]
             fits = False
         forgotten = self._plan_forgetting(name, packed, evicted)
 
         for other in evicted:
             self._evict(other)
-        for other in forgotten:
-            del self._entries[other]
-        self.counters.host_evictions += len(forgotten)
-        if old is not None:
-            entry.slot = old.slot
-            del self._entries[name]
-        self._entries[name] = entry
+        self._forget(forgotten)
+        if old is not None and not old.users:
+            version.slot = old.slot
+        self._entries.pop(name, None)
+        self._entries[name] = version
         if fits:
-            self._write(entry)
+            self._write(version)
         self.counters.loads += 1
 
     def adapter(self, name: str) -> Adapter:
@@ -177,6 +209,104 @@ class AdapterRegistry:
             return self.pool.unpack(entry.packed)
         return self.pool.unpack(replace(entry.packed, pages=self.pool.read(entry.slot)))
 
+    def install(self, name: str, packed: PackedAdapter, *, pin: bool = False) -> None:
+        """Loads an adapter into host memory only; the device gets it by :meth:`start_write`.
+
+        The old version leaves the device, unless it is held. A pinned adapter stays once it is
+        there.
+
+        Args:
+            name: as :meth:`load`.
+            packed: what ``pool.pack`` has made, which needs no lock.
+            pin: whether to pin it.
+
+        Raises:
+            RequestError: the name is not a valid one.
+            CapacityError: it does not fit in host memory, or it is to be pinned and does not fit
+                on the device beside the other pinned adapters, even once no other is held.
+        """
+        _check_name(name)
+        old = self._entries.get(name)
+        version = self._version(name, packed, pin)
+        if version.pinned:
+            self._plan_evictions({name: packed}, keep=[name], held_too=True)
+        forgotten = self._plan_forgetting(name, packed, [])
+        if old is not None:
+            self._retire(old)
+        self._forget(forgotten)
+        self._entries.pop(name, None)
+        self._entries[name] = version
+        self.counters.loads += 1
+
+    def current(self, name: str) -> AdapterVersion:
+        """The version that a name stands for now; RequestError if it is not loaded."""
+        return self._entry(name)
+
+    def hold(self, version: AdapterVersion) -> None:
+        """Lets a version that has a slot keep it until :meth:`release`."""
+        assert version.slot is not None, f"adapter {version.name!r} has no slot"
+        version.users += 1
+        if self._entries.get(version.name) is version:
+            self._entries[version.name] = self._entries.pop(version.name)
+
+    def release(self, version: AdapterVersion) -> None:
+        """Ends one :meth:`hold`; a version that nothing holds and no name means is cleared."""
+        assert version.users, f"adapter {version.name!r} is not held"
+        version.users -= 1
+        if not version.users and self._entries.get(version.name) is not version:
+            self._retire(version)
+
+    def start_write(self, name: str) -> None:
+        """Begins to make an adapter resident; :meth:`continue_write` does the rest.
+
+        Adapters that are not held or pinned leave the device for it.
+
+        Raises:
+            RequestError: it is not loaded.
+            CapacityError: it does not fit beside those that are held or pinned.
+        """
+        version = self._entry(name)
+        assert version.slot is None and self._write_in_progress is None
+        for other in self._plan_evictions({name: version.packed}, keep=[name]):
+            self._evict(other)
+        slot = self.pool.free_slots()[0]
+        pieces = self.pool.write_in_pieces(slot, version.packed)
+        self._write_in_progress = _Write(version, slot, pieces)
+
+    def continue_write(self) -> AdapterVersion | None:
+        """Writes one more piece of the adapter that is being written, if there is one.
+
+        Returns:
+            The adapter, if it is resident now.
+        """
+        if self._write_in_progress is None:
+            return None
+        version, slot, pieces = self._write_in_progress
+        for _ in pieces:
+            return None
+        version.slot = slot
+        self._count_write(version)
+        self._write_in_progress = None
+        return version
+
+    def finish_write(self) -> None:
+        """Writes all that is left of the adapter that is being written, if there is one."""
+        while self._write_in_progress is not None:
+            self.continue_write()
+
+    @property
+    def is_writing(self) -> bool:
+        """Whether an adapter is being written."""
+        return self._write_in_progress is not None
+
+    def never_fits(self, name: str) -> CapacityError | None:
+        """Why an adapter cannot become resident while the pinned ones stay, if it cannot."""
+        try:
+            self._plan_evictions({name: self._entry(name).packed}, keep=[name], held_too=True)
+        except CapacityError as error:
+            return error
+        return None
+
     def unload(self, name: str) -> None:
         """Forgets an adapter and frees its slot, pages and host memory.
 
@@ -186,9 +316,8 @@ class AdapterRegistry:
         entry = self._entry(name)
         if entry.pinned:
             raise RequestError(f"adapter {name!r} is pinned; unpin it before unloading it")
-        if entry.slot is not None:
-            self.pool.clear(entry.slot)
         del self._entries[name]
+        self._retire(entry)
 
     def pin(self, name: str) -> None:
         """Makes an adapter resident until it is unpinned.
@@ -219,6 +348,7 @@ class AdapterRegistry:
             CapacityError: the batch and the pinned adapters do not fit on the device together.
         """
         batch = list(names)
+        self.finish_write()
         entries = {name: self._entry(name) for name in batch if name is not None}
         absent = {name: entry for name, entry in entries.items() if entry.slot is None}
         if absent:
@@ -258,27 +388,69 @@ class AdapterRegistry:
         ]
         return "\n".join(lines)
 
-    def _entry(self, name: str) -> _Entry:
+    def _entry(self, name: str) -> AdapterVersion:
         if name not in self._entries:
             loaded = ", ".join(sorted(self._entries)) or "none"
             raise RequestError(f"adapter {name!r} is not loaded; loaded: {loaded}")
         return self._entries[name]
 
+    def _version(self, name: str, packed: PackedAdapter, pin: bool) -> AdapterVersion:
+        """A new version, pinned if the one before it is."""
+        old = self._entries.get(name)
+        pinned = pin or (old is not None and old.pinned)
+        return AdapterVersion(name, next(self._numbers), packed, pinned)
+
+    def _retire(self, version: AdapterVersion) -> None:
+        """Takes a version that no name means any more off the device, unless it is held."""
+        if self._write_in_progress is not None and self._write_in_progress.version is version:
+            self.pool.clear(self._write_in_progress.slot)
+            self._write_in_progress = None
+        if version.slot is None:
+            return
+        if version.users:
+            self._replaced.append(version)
+            return
+        self.pool.clear(version.slot)
+        version.slot = None
+        if version in self._replaced:
+            self._replaced.remove(version)
+
+    def _forget(self, names: Collection[str]) -> None:
+        """Removes adapters that are not resident from host memory."""
+        for name in names:
+            self._retire(self._entries.pop(name))
+        self.counters.host_evictions += len(names)
+
     def _plan_evictions(
-        self, incoming: Mapping[str, PackedAdapter], keep: Collection[str]
+        self,
+        incoming: Mapping[str, PackedAdapter],
+        keep: Collection[str],
+        *,
+        held_too: bool = False,
     ) -> list[str]:
         """Which adapters must leave the device for ``incoming`` to be written; evicts none yet.
 
         Args:
-            incoming: what is to be written, by name. The slot of a resident one counts as free.
+            incoming: what is to be written, by name. The slot of a resident one counts as free,
+                unless it is held.
             keep: adapters that must not leave the device.
+            held_too: whether adapters that are held count as if they were not.
 
         Raises:
             CapacityError: evicting everything that may be evicted is not enough.
         """
         slots = self.resident()
-        freed = [slots[name] for name in incoming if name in slots]
-        candidates = [name for name in slots if name not in keep and not self._entries[name].pinned]
+        held = set() if held_too else {name for name in slots if self._entries[name].users}
+        freed = [slots[name] for name in incoming if name in slots and name not in held]
+        if held_too:
+            freed += [version.slot for version in self._replaced if version.slot is not None]
+            if self._write_in_progress is not None:
+                freed.append(self._write_in_progress.slot)
+        candidates = [
+            name
+            for name in slots
+            if name not in keep and name not in held and not self._entries[name].pinned
+        ]
         evicted: list[str] = []
         while shortage := self.pool.shortage(list(incoming.values()), clearing=freed):
             if len(evicted) == len(candidates):
@@ -331,11 +503,14 @@ class AdapterRegistry:
         entry.slot = None
         self.counters.device_evictions += 1
 
-    def _write(self, entry: _Entry) -> None:
+    def _write(self, entry: AdapterVersion) -> None:
         """Writes an adapter that fits into its slot, or into the first free one if it has none."""
         if entry.slot is None:
             entry.slot = self.pool.free_slots()[0]
         self.pool.write(entry.slot, entry.packed)
+        self._count_write(entry)
+
+    def _count_write(self, entry: AdapterVersion) -> None:
         self.counters.device_writes += 1
         self.counters.device_bytes += entry.packed.page_bytes
 

@@ -1,98 +1,43 @@
-"""The engine for servers: one thread owns the device, streams carry tokens to whoever asked."""
+"""The engine for servers: one thread owns the device, any thread and event loop may ask."""
 
 import asyncio
 import contextlib
 import queue
 import threading
 import time
-from collections import Counter, deque
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections import Counter
+from collections.abc import Callable, Iterable
 from concurrent.futures import Future
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 from moelora_jax.adapters.adapter import Adapter
 from moelora_jax.adapters.registry import AdapterInfo
 from moelora_jax.buckets import CompilationCounter
-from moelora_jax.engine import engine
-from moelora_jax.engine.llm import LLM, Prompt
-from moelora_jax.engine.requests import AdapterTraffic, EngineStats, Request, TokenOutput
-from moelora_jax.engine.sampling import MAX_LOGPROBS
+from moelora_jax.engine.engine import Output
+from moelora_jax.engine.llm import LLM
+from moelora_jax.engine.requests import (
+    AdapterTraffic,
+    EngineStats,
+    Request,
+    TokenOutput,
+    check_options,
+    check_tokens,
+)
+from moelora_jax.engine.sequence import Sequence
+from moelora_jax.engine.stream import Stream, Waiter, wake
 from moelora_jax.errors import MoeLoraError, QueueFullError, RequestError
 
-
-class Stream:
-    """The tokens of one request, as they come: an async iterator, and a blocking one for threads.
-
-    Made by :meth:`AsyncEngine.submit`. One consumer reads it. The last output has a finish reason;
-    a request that fails raises its :class:`MoeLoraError` after the tokens that came before.
-    """
-
-    def __init__(self, request: Request, cancel: Callable[["Stream"], object]) -> None:
-        self.request = request
-        self._cancel = cancel
-        self._changed = threading.Condition()
-        self._outputs: deque[TokenOutput] = deque()
-        self._ended = False
-        self._error: MoeLoraError | None = None
-        self._waiter: tuple[asyncio.AbstractEventLoop, asyncio.Future[None]] | None = None
-
-    def cancel(self) -> None:
-        """End the request soon; its stream ends with ``cancelled`` unless it ended before."""
-        self._cancel(self)
-
-    def __aiter__(self) -> AsyncIterator[TokenOutput]:
-        return self
-
-    async def __anext__(self) -> TokenOutput:
-        while True:
-            with self._changed:
-                if self._outputs:
-                    return self._outputs.popleft()
-                if self._ended:
-                    if self._error is not None:
-                        raise self._error
-                    raise StopAsyncIteration
-                loop = asyncio.get_running_loop()
-                future: asyncio.Future[None] = loop.create_future()
-                self._waiter = loop, future
-            await future
-
-    def __iter__(self) -> Iterator[TokenOutput]:
-        return self
-
-    def __next__(self) -> TokenOutput:
-        with self._changed:
-            self._changed.wait_for(lambda: self._outputs or self._ended)
-            if self._outputs:
-                return self._outputs.popleft()
-            if self._error is not None:
-                raise self._error
-            raise StopIteration
-
-    def _put(self, output: TokenOutput | None, error: MoeLoraError | None = None) -> None:
-        """Called by the device thread: one more output, the last one, or an error."""
-        with self._changed:
-            if output is not None:
-                self._outputs.append(output)
-            self._ended = error is not None or (output is not None and bool(output.finish_reason))
-            self._error = error
-            waiter, self._waiter = self._waiter, None
-            self._changed.notify()
-        if waiter is not None:
-            loop, future = waiter
-            with contextlib.suppress(RuntimeError):  # The consumer's loop was closed.
-                loop.call_soon_threadsafe(_wake, future)
-
-
-def _wake(future: "asyncio.Future[None]") -> None:
-    if not future.done():
-        future.set_result(None)
+#: How long the device thread sleeps when all sequences wait for something, in seconds.
+_PAUSE = 0.001
 
 
 class AsyncEngine:
     """Serves requests of any threads and event loops on one thread that owns the device.
+
+    A request runs with the version of its adapter that is loaded when its first token is computed,
+    and keeps it to its end, even if the name is loaded again or unloaded meanwhile. A request that
+    still waits when its adapter is unloaded fails.
 
     Example::
 
@@ -108,24 +53,25 @@ class AsyncEngine:
     """
 
     def __init__(self, llm: LLM, *, max_waiting: int = 1024) -> None:
-        self._llm = llm
-        self._engine = llm._engine
         self.max_waiting = max_waiting
+        self._llm = llm
+        self._engine = llm.engine
         self._calls: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
-        self._lock = threading.Lock()
         self._thread: threading.Thread | None = None
-        self._accepting = False
-        self._draining = False
         self._stopping = False
-        self._streams: dict[engine.Sequence, Stream] = {}
-        self._delivered: dict[engine.Sequence, int] = {}
-        self._deadlines: dict[engine.Sequence, float] = {}
+        # Of the device thread alone.
+        self._streams: dict[Sequence, Stream] = {}
+        self._ended: Counter[str] = Counter()
+        self._generated: Counter[str | None] = Counter()
+        self._address_changes = 0
+        # Under the lock.
+        self._lock = threading.Lock()
+        self._accepting = False
+        self._requests: Counter[str | None] = Counter()
+        self._prompt_tokens: Counter[str | None] = Counter()
+        # Replaced as a whole by the device thread.
         self._infos: dict[str, AdapterInfo] = {}
-        self._submitted = 0
-        self._unfinished = 0
-        self._finished: Counter[str] = Counter()
-        self._traffic: dict[str | None, AdapterTraffic] = {}
-        self._steps: Counter[str] = Counter()
+        self._stats: EngineStats | None = None
 
     def start(self) -> None:
         """Start the device thread."""
@@ -133,7 +79,8 @@ class AsyncEngine:
             raise RequestError("the engine was started already; make a new one")
         self._compilations = CompilationCounter()
         self._addresses = self._llm.runner.addresses()
-        self._publish()
+        self._publish_adapters()
+        self._publish_stats()
         self._accepting = True
         self._thread = threading.Thread(target=self._serve, name="moelora-device", daemon=True)
         self._thread.start()
@@ -149,11 +96,13 @@ class AsyncEngine:
             self._accepting = False
         if self._thread is None:
             return
-        if drain:
-            deadline = None if timeout is None else time.monotonic() + timeout
-            while self._unfinished and (deadline is None or time.monotonic() < deadline):
-                await asyncio.sleep(0.01)
-        await asyncio.wrap_future(self._call(self._stop))
+        deadline = None if timeout is None else time.monotonic() + timeout
+        while drain and (deadline is None or time.monotonic() < deadline):
+            stats = self.stats()
+            if not stats.waiting and not stats.running:
+                break
+            await asyncio.sleep(0.01)
+        self._calls.put(self._stop)
         await asyncio.to_thread(self._thread.join)
         self._compilations.close()
 
@@ -165,23 +114,36 @@ class AsyncEngine:
             CapacityError: prompt and new tokens are longer than the cache.
             QueueFullError: too many requests wait. Nothing is queued on any error.
         """
-        sequence = self._sequence(request)
-        stream = Stream(request, lambda stream: self._call(lambda: self._cancel(sequence)))
+        check_options(request)
+        tokens = check_tokens(
+            request.prompt, request.max_new_tokens, self._llm.config, self._llm.runtime.cache
+        )
+        if request.adapter is not None and request.adapter not in self._infos:
+            loaded = ", ".join(sorted(self._infos)) or "none"
+            raise RequestError(f"adapter {request.adapter!r} is not loaded; loaded: {loaded}")
+        timeout = request.timeout
+        sequence = Sequence(
+            tokens=tokens,
+            num_prompt=len(tokens),
+            adapter=request.adapter,
+            max_new_tokens=request.max_new_tokens,
+            sampling=request.sampling,
+            stop_tokens=request.stop_tokens,
+            num_logprobs=request.num_logprobs,
+            priority=request.priority,
+            deadline=None if timeout is None else time.monotonic() + timeout,
+        )
+        end = self._engine.scheduler.end
+        stream = Stream(request, lambda: self._calls.put(lambda: end(sequence, "cancelled")))
         with self._lock:
             if not self._accepting:
                 raise RequestError("the engine is not running, or is shutting down")
-            if self._unfinished - len(self._engine.running) >= self.max_waiting:
+            if self._num_waiting() >= self.max_waiting:
                 raise QueueFullError(
                     f"{self.max_waiting} requests are waiting; try again later or raise max_waiting"
                 )
-            self._unfinished += 1
-            self._submitted += 1
-            traffic = self._traffic.get(request.adapter, AdapterTraffic())
-            self._traffic[request.adapter] = replace(
-                traffic,
-                requests=traffic.requests + 1,
-                prompt_tokens=traffic.prompt_tokens + len(request.prompt),
-            )
+            self._requests[request.adapter] += 1
+            self._prompt_tokens[request.adapter] += len(tokens)
             self._calls.put(lambda: self._add(sequence, stream))
         return stream
 
@@ -193,166 +155,186 @@ class AsyncEngine:
         layout: str | None = None,
         pin: bool = False,
     ) -> None:
-        """Load an adapter, or replace the one of that name; see :meth:`LLM.load_adapter`.
+        """Load an adapter, or a new version of the one of that name.
 
-        Files are read on another thread. On any error nothing is changed.
+        When this returns, requests that start run with it. Files are read and packed on another
+        thread; the device gets it between steps, in pieces, when a request needs it or at once if
+        there is room. Requests that run with the version before finish with that one.
+
+        Args:
+            name: what requests call it.
+            adapter: a folder, or an adapter made in memory.
+            layout: of the experts in the folder; needed only if reading asks for one.
+            pin: keep it on the device once it is there.
+
+        Raises:
+            AdapterError: the files are incomplete, damaged, unsupported or of another model.
+            CapacityError: its rank or size exceeds the limits. Nothing is changed on any error.
         """
-        if not isinstance(adapter, Adapter):
-            adapter = await asyncio.to_thread(self._llm.read_adapter, adapter, layout=layout)
-            layout = None
-        arrays = adapter
-        await asyncio.wrap_future(
-            self._call(lambda: self._llm.load_adapter(name, arrays, layout=layout, pin=pin))
-        )
+        packed = await asyncio.to_thread(self._llm.pack_adapter, name, adapter, layout=layout)
+
+        def install() -> None:
+            self._llm.runner.registry.install(name, packed, pin=pin)
+            self._engine.residency.installed(name)
+            self._publish_adapters()
+
+        await self._on_device_thread(install)
 
     async def unload_adapter(self, name: str) -> None:
-        """Forget an adapter; RequestError if it is not loaded."""
-        await asyncio.wrap_future(self._call(lambda: self._llm.unload_adapter(name)))
+        """Forget an adapter; RequestError if it is not loaded, or pinned.
+
+        Requests that run with it finish; those that wait fail.
+        """
+
+        def unload() -> None:
+            self._llm.runner.registry.unload(name)
+            self._publish_adapters()
+
+        await self._on_device_thread(unload)
 
     def adapters(self) -> list[AdapterInfo]:
-        """The loaded adapters."""
+        """The loaded adapters, least recently used first."""
         return list(self._infos.values())
 
     def stats(self) -> EngineStats:
-        """Counters and gauges of this moment."""
-        counters = self._llm.runner.registry.counters
+        """Counters and gauges, as they were after the last step."""
+        if self._stats is None:
+            raise RequestError("the engine was not started")
         with self._lock:
-            traffic = dict(self._traffic)
-        running = len(self._engine.running)
-        cache = self._llm.runtime.cache
-        total = cache.total_blocks(self._llm.runtime.buckets.max_sequences) - 1
-        now = self._llm.runner.addresses() if not self._streams else self._addresses
-        return EngineStats(
-            waiting=max(0, self._unfinished - running),
-            running=running,
-            submitted=self._submitted,
-            finished=dict(self._finished),
-            prompt_tokens=sum(t.prompt_tokens for t in traffic.values()),
-            generated_tokens=sum(t.generated_tokens for t in traffic.values()),
-            by_adapter=traffic,
-            steps=dict(self._steps),
-            preemptions=0,
-            prefix_hits=0,
-            compilations=self._compilations.count,
-            address_changes=sum(now[name] != old for name, old in self._addresses.items()),
-            unplanned_reads=0,
-            adapter_loads=counters.loads,
-            adapter_writes=counters.device_writes,
-            adapter_evictions=counters.device_evictions,
-            kv_blocks_used=total - len(self._engine._free_blocks),
-            kv_blocks_total=total,
-            pools=self._llm.runner.pool.usage(),
+            stats, requests, prompts = self._stats, dict(self._requests), dict(self._prompt_tokens)
+            waiting = self._num_waiting()
+        return replace(
+            stats,
+            waiting=waiting,
+            submitted=sum(requests.values()),
+            prompt_tokens=sum(prompts.values()),
+            by_adapter={
+                name: replace(
+                    stats.by_adapter.get(name, AdapterTraffic()),
+                    requests=count,
+                    prompt_tokens=prompts[name],
+                )
+                for name, count in requests.items()
+            },
         )
 
-    # What follows runs on the device thread, unless said otherwise.
+    def _num_waiting(self) -> int:
+        """Under the lock: requests that were accepted, and neither run nor have ended."""
+        assert self._stats is not None
+        ended = sum(self._stats.finished.values())
+        return sum(self._requests.values()) - ended - self._stats.running
 
-    def _call[T](self, function: Callable[[], T]) -> "Future[T]":
-        """From any thread: have the device thread call a function between two steps."""
-        future: Future[T] = Future()
+    async def _on_device_thread(self, function: Callable[[], None]) -> None:
+        """Have the device thread call a function between two steps."""
+        if self._thread is None or not self._thread.is_alive():
+            raise RequestError("the engine is not running")
+        future: Future[None] = Future()
 
         def call() -> None:
             try:
-                future.set_result(function())
+                function()
             except BaseException as error:
                 future.set_exception(error)
+            else:
+                future.set_result(None)
 
         self._calls.put(call)
-        return future
+        await asyncio.wrap_future(future)
 
-    def _sequence(self, request: Request) -> engine.Sequence:
-        """From any thread: a checked sequence."""
-        if request.max_new_tokens < 1:
-            raise RequestError(f"max_new_tokens must be at least 1, not {request.max_new_tokens}")
-        logprobs = request.num_logprobs
-        if logprobs is not None and not 0 <= logprobs <= MAX_LOGPROBS:
-            raise RequestError(f"num_logprobs must be between 0 and {MAX_LOGPROBS}, not {logprobs}")
-        if request.timeout is not None and not request.timeout > 0:
-            raise RequestError(f"timeout must be positive seconds, not {request.timeout}")
-        return self._llm._sequences(
-            [Prompt(request.prompt, request.adapter)],
-            request.max_new_tokens,
-            request.sampling,
-            request.stop_tokens,
-        )[0]
+    # What follows runs on the device thread.
 
     def _serve(self) -> None:
         while not self._stopping:
-            busy = bool(self._engine.waiting or self._engine.running)
-            with contextlib.suppress(queue.Empty):
-                self._calls.get(block=not busy)()
-                while True:
-                    self._calls.get_nowait()()
-            self._publish()
-            self._expire()
+            self._run_calls()
+            outputs: list[Output] = []
+            failure: MoeLoraError | None = None
             try:
-                self._engine.step()
+                outputs = self._engine.step()
             except Exception as error:
-                self._fail(error)
-            self._deliver()
+                failure = MoeLoraError(f"a step failed: {error}")
+            self._deliver(outputs, self._engine.scheduler.collect_ended(), failure)
+        # Calls that came too late find no requests, but must not be left without an answer.
+        with contextlib.suppress(queue.Empty):
+            while True:
+                self._calls.get_nowait()()
+        self._deliver([], self._engine.scheduler.collect_ended(), None)
 
-    def _publish(self) -> None:
-        self._infos = {info.name: info for info in self._llm.adapters()}
+    def _run_calls(self) -> None:
+        """Run what other threads have asked for; wait for it if there is nothing else to do."""
+        with contextlib.suppress(queue.Empty):
+            if not self._engine.has_work:
+                self._calls.get()()
+            elif not self._engine.made_progress:
+                self._calls.get(timeout=_PAUSE)()
+            while True:
+                self._calls.get_nowait()()
 
-    def _add(self, sequence: engine.Sequence, stream: Stream) -> None:
+    def _add(self, sequence: Sequence, stream: Stream) -> None:
         self._streams[sequence] = stream
-        self._delivered[sequence] = 0
-        if stream.request.timeout is not None:
-            self._deadlines[sequence] = time.monotonic() + stream.request.timeout
         self._engine.add(sequence)
-
-    def _deliver(self) -> None:
-        for sequence, stream in list(self._streams.items()):
-            new = sequence.generated[self._delivered[sequence] :]
-            for number, token in enumerate(new, start=1):
-                last = number == len(new)
-                reason: Any = sequence.finish_reason if last else None
-                stream._put(TokenOutput(token, finish_reason=reason))
-                traffic = self._traffic[sequence.adapter]
-                self._traffic[sequence.adapter] = replace(
-                    traffic, generated_tokens=traffic.generated_tokens + 1
-                )
-            self._delivered[sequence] += len(new)
-            if sequence.finish_reason:
-                self._forget(sequence, sequence.finish_reason)
-
-    def _forget(self, sequence: engine.Sequence, reason: str) -> None:
-        del self._streams[sequence], self._delivered[sequence]
-        self._deadlines.pop(sequence, None)
-        self._finished[reason] += 1
-        with self._lock:
-            self._unfinished -= 1
-
-    def _end(self, sequence: engine.Sequence, reason: Any) -> None:
-        stream = self._streams.get(sequence)
-        if stream is None:
-            return
-        if sequence in self._engine.running:
-            self._engine._release(sequence)
-        else:
-            self._engine.waiting.remove(sequence)
-        stream._put(TokenOutput(-1, finish_reason=reason))
-        self._forget(sequence, reason)
-
-    def _cancel(self, sequence: engine.Sequence) -> None:
-        self._end(sequence, "cancelled")
-
-    def _expire(self) -> None:
-        now = time.monotonic()
-        for sequence, deadline in list(self._deadlines.items()):
-            if now >= deadline:
-                self._end(sequence, "timeout")
-
-    def _fail(self, error: Exception) -> None:
-        """A step failed: every request ends with the error, and the engine goes on."""
-        told = error if isinstance(error, MoeLoraError) else MoeLoraError(f"a step failed: {error}")
-        self._engine.waiting.clear()
-        for sequence in list(self._engine.running):
-            self._engine._release(sequence)
-        for sequence, stream in list(self._streams.items()):
-            stream._put(None, told)
-            self._forget(sequence, "error")
+        if self._stopping:
+            self._engine.scheduler.end(sequence, "cancelled")
 
     def _stop(self) -> None:
-        for sequence in list(self._streams):
-            self._end(sequence, "cancelled")
+        self._engine.abort("cancelled")
         self._stopping = True
+
+    def _deliver(
+        self, outputs: Iterable[Output], ended: Iterable[Sequence], failure: MoeLoraError | None
+    ) -> None:
+        """Hand out tokens and ends, then count them, so that what is counted was delivered."""
+        waiters: list[Waiter | None] = []
+        for sequence, output in outputs:
+            self._generated[sequence.adapter] += 1
+            waiters.append(self._streams[sequence].put(output))
+        for sequence in ended:
+            stream, reason = self._streams.pop(sequence), sequence.end_reason
+            assert reason is not None and reason != "scored"
+            self._ended[reason] += 1
+            if reason == "error":
+                error = sequence.error or failure or MoeLoraError("the engine has failed")
+                waiters.append(stream.fail(error))
+            elif reason in ("cancelled", "timeout"):
+                waiters.append(stream.put(TokenOutput(-1, finish_reason=reason)))
+        self._publish_stats()
+        wake(waiters)
+
+    def _publish_adapters(self) -> None:
+        self._infos = {info.name: info for info in self._llm.adapters()}
+
+    def _publish_stats(self) -> None:
+        engine, runner = self._engine, self._llm.runner
+        scheduler, adapters = engine.scheduler, runner.registry.counters
+        addresses = runner.addresses()
+        for name, old in self._addresses.items():
+            self._address_changes += sum(
+                before != after for before, after in zip(old, addresses[name], strict=True)
+            )
+        self._addresses = addresses
+        stats = EngineStats(
+            waiting=0,
+            running=len(scheduler.running),
+            submitted=0,
+            finished=dict(self._ended),
+            prompt_tokens=0,
+            generated_tokens=sum(self._generated.values()),
+            by_adapter={
+                name: AdapterTraffic(generated_tokens=count)
+                for name, count in self._generated.items()
+            },
+            steps=dict(scheduler.steps),
+            preemptions=scheduler.preemptions,
+            prefix_hits=scheduler.prefix_hits,
+            compilations=self._compilations.count,
+            address_changes=self._address_changes,
+            unplanned_reads=engine.unplanned_reads,
+            adapter_loads=adapters.loads,
+            adapter_writes=adapters.device_writes,
+            adapter_evictions=adapters.device_evictions,
+            kv_blocks_used=scheduler.blocks.num_used,
+            kv_blocks_remembered=scheduler.blocks.num_remembered,
+            kv_blocks_total=scheduler.blocks.total,
+            pools=runner.pool.usage(),
+        )
+        with self._lock:
+            self._stats = stats

@@ -1,206 +1,179 @@
-"""Continuous batching: sequences wait, run their prompt in chunks, then decode, and finish."""
+"""Continuous batching on one device: plan a step, run it, take in the tokens of the one before."""
 
-from collections import deque
-from collections.abc import Iterable
-from dataclasses import dataclass, field
-from typing import Literal
+import time
+from collections.abc import Callable
+from typing import NamedTuple
 
+import jax
 import numpy as np
+from jax import Array
 
-from moelora_jax.buckets import Batch, Kind, ProgramKey, choose_bucket
+from moelora_jax.buckets import ProgramKey, choose_bucket
+from moelora_jax.engine.packing import Packer, wants_logprobs
+from moelora_jax.engine.requests import TokenOutput
+from moelora_jax.engine.residency import Residency
 from moelora_jax.engine.runner import Runner
-from moelora_jax.engine.sampling import Sampling
-from moelora_jax.errors import CapacityError
+from moelora_jax.engine.sampling import Sampled
+from moelora_jax.engine.scheduler import Chunk, Plan, Scheduler
+from moelora_jax.engine.sequence import EndReason, Sequence
 
-FinishReason = Literal["length", "stop", "scored"]
+
+class Output(NamedTuple):
+    """A token of a sequence."""
+
+    sequence: Sequence
+    token: TokenOutput
 
 
-@dataclass(eq=False)
-class Sequence:
-    """A request on its way through the engine.
+class _Step(NamedTuple):
+    """A step that the device has not finished, or that nobody has read."""
 
-    Attributes:
-        prompt: token ids.
-        adapter: name of a loaded adapter, or None for the base model.
-        max_new_tokens: when to stop generating; 0 scores the prompt instead.
-        sampling: how tokens are chosen.
-        stop_tokens: ids that end the sequence; the stop token is kept.
-        generated: tokens chosen so far.
-        logits: with ``max_new_tokens`` 0, float32 ``[tokens, vocab]`` parts of the prompt's logits.
-        finish_reason: None while the sequence runs.
-    """
-
-    prompt: list[int]
-    adapter: str | None
-    max_new_tokens: int
-    sampling: Sampling = field(default_factory=Sampling)
-    stop_tokens: frozenset[int] = frozenset()
-    generated: list[int] = field(default_factory=list)
-    logits: list[np.ndarray] = field(default_factory=list)
-    finish_reason: FinishReason | None = None
-    blocks: list[int] = field(default_factory=list)
-    num_cached: int = 0
-
-    @property
-    def length(self) -> int:
-        """Tokens known so far, prompt and generated."""
-        return len(self.prompt) + len(self.generated)
-
-    @property
-    def max_length(self) -> int:
-        return len(self.prompt) + self.max_new_tokens
-
-    @property
-    def num_pending(self) -> int:
-        """Known tokens whose keys and values are not in the cache yet."""
-        return self.length - self.num_cached
-
-    def pending_tokens(self, count: int) -> list[int]:
-        """The next ``count`` tokens to run."""
-        if self.num_cached >= len(self.prompt):
-            start = self.num_cached - len(self.prompt)
-            return self.generated[start : start + count]
-        return self.prompt[self.num_cached : self.num_cached + count]
+    plan: Plan
+    out: Sampled | Array
 
 
 class Engine:
     """Runs any number of sequences through the programs of a :class:`Runner`.
 
-    Cache blocks for a sequence's whole length are reserved when it is admitted, so a running
-    sequence always finishes. Sequences are admitted in order of arrival.
+    The host is one step ahead: while the device runs a step, the next one is planned, packed and
+    enqueued, and only then are the tokens of the first one read. A sequence whose last token was a
+    stop token is noticed one step late; the row that it had in that step is dropped.
+
+    Calls must come from one thread.
+
+    Args:
+        runner: the device.
+        reuse_prefixes: whether sequences that begin alike share cache blocks.
+        ahead: whether the host is one step ahead; otherwise it waits for each step, for tests.
+        clock: seconds; deadlines of sequences are compared with it.
+
+    Attributes:
+        scheduler: the books of all sequences.
+        residency: which adapters are on the device.
+        made_progress: whether the last step ran, read or wrote anything.
+        unplanned_reads: steps that failed because something but their results was read from the
+            device. On a CPU, where such a read costs nothing, JAX does not notice it.
     """
 
-    def __init__(self, runner: Runner) -> None:
+    def __init__(
+        self,
+        runner: Runner,
+        *,
+        reuse_prefixes: bool = True,
+        ahead: bool = True,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
         self.runner = runner
-        self.waiting: deque[Sequence] = deque()
-        self.running: list[Sequence] = []
+        self.residency = Residency(runner.registry)
         buckets, cache = runner.runtime.buckets, runner.runtime.cache
+        self.scheduler = Scheduler(buckets, cache, self.residency, reuse_prefixes=reuse_prefixes)
+        self.made_progress = True
+        self.unplanned_reads = 0
+        self._packer = Packer(buckets, cache)
         self._prefill_buckets = tuple(buckets.prefill_buckets())
         self._decode_buckets = tuple(buckets.decode_buckets())
-        self._block_size = cache.block_size
-        # Block 0 takes what padding tokens write. The list is used from its end: low blocks first.
-        self._free_blocks = list(range(cache.total_blocks(buckets.max_sequences) - 1, 0, -1))
+        self._ahead = ahead
+        self._clock = clock
+        self._running: _Step | None = None
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether a step would do nothing."""
+        return self.scheduler.is_idle and self._running is None
+
+    @property
+    def has_work(self) -> bool:
+        """Whether a step would do something, be it only for adapters."""
+        return not self.is_idle or self.residency.has_work
 
     def add(self, sequence: Sequence) -> None:
         """Queue a sequence; the caller has validated it."""
-        self.waiting.append(sequence)
+        self.scheduler.add(sequence)
+
+    def step(self) -> list[Output]:
+        """Enqueue the next step, then wait for the one before it.
+
+        If this raises, every sequence has ended with ``error``, and the engine can go on.
+
+        Returns:
+            The tokens that became known, in order. Sequences that have ended, with a token or
+            without, are in ``scheduler.collect_ended()``.
+        """
+        try:
+            # Results are copied in the open; any other read from the device is an error.
+            with jax.transfer_guard_device_to_host("disallow"):
+                return self._step()
+        except BaseException as error:
+            self.unplanned_reads += "device-to-host" in str(error)
+            self.abort()
+            raise
+
+    def abort(self, reason: EndReason = "error") -> None:
+        """End all sequences and drop what was enqueued for them."""
+        self._running = None
+        self.scheduler.end_all(reason)
+        self.runner.recover()
 
     def run_until_done(self) -> None:
         """Step until no sequence is left. If a step fails, all sequences are dropped."""
-        try:
-            while self.waiting or self.running:
-                self.step()
-        except BaseException:
-            self.waiting.clear()
-            for sequence in list(self.running):
-                self._release(sequence)
-            raise
+        while not self.is_idle:
+            self.step()
+        self.scheduler.collect_ended()
 
-    def step(self) -> list[Sequence]:
-        """Run one program: a batch of prompt chunks where there are any, else a decode step.
+    def _step(self) -> list[Output]:
+        plan = self.scheduler.plan(self._clock())
+        before, self._running = self._running, None if plan is None else self._enqueue(plan)
+        outputs = [] if before is None else self._take(before)
+        if not self._ahead and self._running is not None:
+            before, self._running = self._running, None
+            outputs += self._take(before)
+        is_idle = plan is None and before is None
+        wrote = self.residency.advance(self.scheduler.wanted, is_idle=is_idle)
+        self.made_progress = wrote or not is_idle
+        return outputs
 
-        Returns:
-            The sequences that finished.
-        """
-        self._admit()
-        scoring = [s for s in self.running if s.max_new_tokens == 0]
-        prompts = [s for s in self.running if s.max_new_tokens and s.num_cached < len(s.prompt)]
-        if scoring:
-            self._run("score", self._chunks(scoring))
-        elif prompts:
-            self._run("prefill", self._chunks(prompts))
-        elif self.running:
-            self._run("decode", [(sequence, 1) for sequence in self.running])
-        finished = [s for s in self.running if s.finish_reason]
-        for sequence in finished:
-            self._release(sequence)
-        return finished
+    def _enqueue(self, plan: Plan) -> _Step:
+        buckets = self._decode_buckets if plan.kind == "decode" else self._prefill_buckets
+        tokens = sum(chunk.count for chunk in plan.chunks)
+        bucket = choose_bucket(buckets, tokens, len(plan.chunks))
+        lora = any(chunk.sequence.version is not None for chunk in plan.chunks)
+        key = ProgramKey(plan.kind, bucket, lora)
+        out = self.runner.run(key, self._packer.pack(self.runner.layout(key), plan))
+        return _Step(plan, out)
 
-    def _admit(self) -> None:
-        """Move waiting sequences to the running ones while blocks, rows and adapter slots last."""
-        while self.waiting and len(self.running) < self.runner.runtime.buckets.max_sequences:
-            sequence = self.waiting[0]
-            num_blocks = -(-sequence.max_length // self._block_size)
-            if num_blocks > len(self._free_blocks):
-                return
-            try:
-                names = [s.adapter for s in self.running]
-                self.runner.registry.acquire([*names, sequence.adapter])
-            except CapacityError:
-                if self.running:
-                    return  # Its adapter fits once others have finished.
-                raise
-            sequence.blocks = [self._free_blocks.pop() for _ in range(num_blocks)]
-            self.running.append(self.waiting.popleft())
+    def _take(self, step: _Step) -> list[Output]:
+        """Wait for a step, and take in its results."""
+        if not isinstance(step.out, Sampled):
+            self._take_logits(step.plan, jax.device_get(step.out))
+            return []
+        logprobs = wants_logprobs(step.plan)
+        read = jax.device_get(step.out if logprobs else step.out.tokens)
+        sampled = read if isinstance(read, Sampled) else None
+        tokens = (sampled.tokens if sampled else read).tolist()
+        outputs = []
+        for row, chunk in enumerate(step.plan.chunks):
+            if chunk.samples and self.scheduler.sampled(chunk, tokens[row]):
+                outputs.append(Output(chunk.sequence, _output(chunk, tokens[row], row, sampled)))
+        return outputs
 
-    def _release(self, sequence: Sequence) -> None:
-        self.running.remove(sequence)
-        self._free_blocks.extend(reversed(sequence.blocks))
-        sequence.blocks = []
-
-    def _chunks(self, sequences: Iterable[Sequence]) -> list[tuple[Sequence, int]]:
-        """As many pending tokens as the largest prefill bucket holds, in order."""
-        largest = self._prefill_buckets[-1]
-        room = largest.tokens
-        chunks: list[tuple[Sequence, int]] = []
-        for sequence in sequences:
-            if room == 0 or len(chunks) == largest.sequences:
-                break
-            count = min(room, sequence.num_pending)
-            chunks.append((sequence, count))
-            room -= count
-        return chunks
-
-    def _run(self, kind: Kind, chunks: list[tuple[Sequence, int]]) -> None:
-        """Run the next tokens of some sequences and take in what comes back."""
-        buckets = self._decode_buckets if kind == "decode" else self._prefill_buckets
-        bucket = choose_bucket(buckets, sum(count for _, count in chunks), len(chunks))
-        slots = self.runner.registry.acquire([sequence.adapter for sequence, _ in chunks])
-        key = ProgramKey(kind, bucket, lora=any(slot >= 0 for slot in slots))
-        out = self.runner.run(key, self._pack(key, chunks, slots))
-
-        if kind == "score":
-            self._take_logits(np.asarray(out), chunks)
-        else:
-            self._take_tokens(np.asarray(out), chunks)
-
-    def _pack(self, key: ProgramKey, chunks: list[tuple[Sequence, int]], slots: list[int]) -> Batch:
-        batch = self.runner.layout(key).empty()
+    def _take_logits(self, plan: Plan, logits: np.ndarray) -> None:
         start = 0
-        for row, ((sequence, count), slot) in enumerate(zip(chunks, slots, strict=True)):
-            end = start + count
-            batch.tokens[start:end] = sequence.pending_tokens(count)
-            batch.positions[start:end] = range(sequence.num_cached, sequence.num_cached + count)
-            batch.adapter_of_token[start:end] = slot
-            batch.sequence_of_token[start:end] = row
-            batch.query_counts[row] = count
-            batch.last_token[row] = end - 1
-            batch.block_table[row, : len(sequence.blocks)] = sequence.blocks
-            batch.temperature[row] = sequence.sampling.temperature
-            batch.top_k[row] = sequence.sampling.top_k
-            batch.top_p[row] = sequence.sampling.top_p
-            batch.seed[row] = sequence.sampling.seed
-            start = end
-        batch.num_tokens[...] = start
-        return batch
+        for chunk in plan.chunks:
+            self.scheduler.scored(chunk, logits[start : start + chunk.count].copy())
+            start += chunk.count
 
-    def _take_logits(self, logits: np.ndarray, chunks: list[tuple[Sequence, int]]) -> None:
-        start = 0
-        for sequence, count in chunks:
-            sequence.logits.append(logits[start : start + count].copy())
-            sequence.num_cached += count
-            start += count
-            if sequence.num_pending == 0:
-                sequence.finish_reason = "scored"
 
-    def _take_tokens(self, tokens: np.ndarray, chunks: list[tuple[Sequence, int]]) -> None:
-        for row, (sequence, count) in enumerate(chunks):
-            sequence.num_cached += count
-            if sequence.num_pending:
-                continue  # A prompt chunk that is not the last one: its token means nothing.
-            token = int(tokens[row])
-            sequence.generated.append(token)
-            if token in sequence.stop_tokens:
-                sequence.finish_reason = "stop"
-            elif len(sequence.generated) == sequence.max_new_tokens:
-                sequence.finish_reason = "length"
+def _output(chunk: Chunk, token: int, row: int, sampled: Sampled | None) -> TokenOutput:
+    """A token with the log-probabilities that its sequence asked for."""
+    sequence = chunk.sequence
+    reason = sequence.end_reason
+    finish_reason = reason if reason in ("stop", "length") else None
+    count = sequence.num_logprobs
+    if count is None or sampled is None:
+        return TokenOutput(token, finish_reason=finish_reason)
+    top = zip(
+        sampled.top_tokens[row, :count].tolist(),
+        sampled.top_logprobs[row, :count].tolist(),
+        strict=True,
+    )
+    return TokenOutput(token, float(sampled.logprobs[row]), tuple(top), finish_reason)

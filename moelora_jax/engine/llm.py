@@ -12,17 +12,19 @@ from flax import nnx
 from jax.typing import DTypeLike
 
 from moelora_jax.adapters.adapter import Adapter
+from moelora_jax.adapters.pages import PackedAdapter
 from moelora_jax.adapters.reader import read_adapter
 from moelora_jax.adapters.registry import AdapterInfo
 from moelora_jax.adapters.writer import Layout, save_adapter
 from moelora_jax.buckets import Kind
 from moelora_jax.config import ModelConfig, RuntimeConfig
-from moelora_jax.engine import engine
-from moelora_jax.engine.engine import Engine, FinishReason
+from moelora_jax.engine.engine import Engine
+from moelora_jax.engine.requests import FinishReason, check_tokens
 from moelora_jax.engine.runner import Runner
 from moelora_jax.engine.sampling import Sampling
+from moelora_jax.engine.sequence import Sequence as EngineSequence
 from moelora_jax.engine.trace import Trace, trace_rows
-from moelora_jax.errors import AdapterError, CapacityError, RequestError
+from moelora_jax.errors import AdapterError, MoeLoraError, RequestError
 from moelora_jax.models import ModelFamily, load_model
 from moelora_jax.workspace import MemoryPlan
 
@@ -70,6 +72,10 @@ class LLM:
         family: its family, for reading adapters.
         runtime: adapter limits, buckets and cache.
         dtype: compute dtype, that of the model's parameters.
+
+    Attributes:
+        runner: the device: parameters, adapters, programs.
+        engine: continuous batching over it.
     """
 
     def __init__(
@@ -85,7 +91,7 @@ class LLM:
         self.runtime = runtime or RuntimeConfig()
         self._family = family
         self.runner = Runner(model, config, self.runtime, dtype)
-        self._engine = Engine(self.runner)
+        self.engine = Engine(self.runner)
 
     @classmethod
     def load(
@@ -132,11 +138,7 @@ class LLM:
             AdapterError: the files are incomplete, damaged, unsupported or of another model.
             CapacityError: its rank or size exceeds the limits. Nothing is changed on any error.
         """
-        if not isinstance(adapter, Adapter):
-            adapter = self.read_adapter(adapter, layout=layout)
-        elif layout is not None:
-            raise AdapterError(f"layout {layout!r} is of folders; {name!r} is in memory already")
-        self.runner.registry.load(name, self._compared(adapter), pin=pin)
+        self.runner.registry.load(name, self._as_adapter(name, adapter, layout), pin=pin)
 
     def read_adapter(self, folder: str | Path, *, layout: str | None = None) -> Adapter:
         """Read and check an adapter folder without loading it.
@@ -183,6 +185,25 @@ class LLM:
         """The adapter, whose copies of base weights, if it has any, are those of this model."""
         model: Any = self.runner.model if adapter.base_weights else None
         return adapter.compared(lambda site: np.asarray(model.base_weight(site)))
+
+    def pack_adapter(
+        self, name: str, adapter: str | Path | Adapter, *, layout: str | None = None
+    ) -> PackedAdapter:
+        """Read and pack an adapter without loading it; the only method for any thread.
+
+        Args:
+            name: for messages.
+            adapter: a folder, or an adapter made in memory.
+            layout: as :meth:`load_adapter`; it raises the same errors.
+        """
+        return self.runner.pool.pack(self._as_adapter(name, adapter, layout))
+
+    def _as_adapter(self, name: str, adapter: str | Path | Adapter, layout: str | None) -> Adapter:
+        if not isinstance(adapter, Adapter):
+            adapter = self.read_adapter(adapter, layout=layout)
+        elif layout is not None:
+            raise AdapterError(f"layout {layout!r} is of folders; {name!r} is in memory already")
+        return self._compared(adapter)
 
     def unload_adapter(self, name: str) -> None:
         """Forget an adapter; RequestError if it is not loaded."""
@@ -242,7 +263,7 @@ class LLM:
             CapacityError: a row is longer than the cache, or there are more adapters than slots.
         """
         sequences = self._sequences(prompts, 0, Sampling(), frozenset())
-        return trace_rows(self.runner, [(s.prompt, s.adapter) for s in sequences])
+        return trace_rows(self.runner, [(s.tokens, s.adapter) for s in sequences])
 
     def generate(
         self,
@@ -270,14 +291,21 @@ class LLM:
         sequences = self._sequences(prompts, max_new_tokens, sampling or Sampling(), stop)
         self._run(sequences)
         return [
-            Completion(tuple(s.generated), s.adapter, s.finish_reason or "length")
-            for s in sequences
+            Completion(
+                tuple(sequence.generated),
+                sequence.adapter,
+                "stop" if sequence.end_reason == "stop" else "length",
+            )
+            for sequence in sequences
         ]
 
-    def _run(self, sequences: Sequence[engine.Sequence]) -> None:
+    def _run(self, sequences: Sequence[EngineSequence]) -> None:
         for sequence in sequences:
-            self._engine.add(sequence)
-        self._engine.run_until_done()
+            self.engine.add(sequence)
+        self.engine.run_until_done()
+        for sequence in sequences:
+            if sequence.error is not None:
+                raise sequence.error
 
     def _sequences(
         self,
@@ -285,45 +313,27 @@ class LLM:
         max_new_tokens: int,
         sampling: Sampling,
         stop_tokens: frozenset[int],
-    ) -> list[engine.Sequence]:
+    ) -> list[EngineSequence]:
         if not prompts:
             raise RequestError("the batch is empty: give at least one prompt")
-        return [
-            engine.Sequence(
-                prompt=self._check_tokens(row, prompt, max_new_tokens),
-                adapter=self._check_adapter(row, prompt.adapter),
-                max_new_tokens=max_new_tokens,
-                sampling=sampling,
-                stop_tokens=stop_tokens,
-            )
-            for row, prompt in enumerate(prompts)
-        ]
-
-    def _check_tokens(self, row: int, prompt: Prompt, max_new_tokens: int) -> list[int]:
-        tokens = np.asarray(prompt.tokens)
-        if tokens.ndim != 1 or tokens.size == 0:
-            raise RequestError(f"row {row}: tokens must be a list of at least one token id")
-        if not np.issubdtype(tokens.dtype, np.integer):
-            raise RequestError(f"row {row}: token ids must be integers, not {tokens.dtype}")
-        outside = tokens[(tokens < 0) | (tokens >= self.config.vocab_size)]
-        if outside.size:
-            raise RequestError(
-                f"row {row}: token id {outside[0]} is outside the vocabulary of "
-                f"{self.config.vocab_size} tokens"
-            )
-        length, limit = tokens.size + max_new_tokens, self.runtime.cache.max_length
-        if length > limit:
-            new = f" and {max_new_tokens} new ones" if max_new_tokens else ""
-            raise CapacityError(
-                f"row {row}: {tokens.size} prompt tokens{new} exceed the cache's max_length "
-                f"{limit}; shorten the prompt or raise CacheConfig.max_length"
-            )
-        return tokens.tolist()
-
-    def _check_adapter(self, row: int, name: str | None) -> str | None:
-        if name is not None:
+        sequences = []
+        for row, prompt in enumerate(prompts):
             try:
-                self.runner.registry.info(name)
-            except RequestError as error:
-                raise RequestError(f"row {row}: {error}") from error
-        return name
+                tokens = check_tokens(
+                    prompt.tokens, max_new_tokens, self.config, self.runtime.cache
+                )
+                if prompt.adapter is not None:
+                    self.runner.registry.current(prompt.adapter)
+            except MoeLoraError as error:
+                raise type(error)(f"row {row}: {error}") from error
+            sequences.append(
+                EngineSequence(
+                    tokens=tokens,
+                    num_prompt=len(tokens),
+                    adapter=prompt.adapter,
+                    max_new_tokens=max_new_tokens,
+                    sampling=sampling,
+                    stop_tokens=stop_tokens,
+                )
+            )
+        return sequences

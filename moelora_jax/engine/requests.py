@@ -1,11 +1,15 @@
 """What goes into the serving engine and what comes out of it: requests, tokens, statistics."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
+import numpy as np
+
 from moelora_jax.adapters.pages import PoolUsage
-from moelora_jax.engine.sampling import Sampling
+from moelora_jax.config import CacheConfig, ModelConfig
+from moelora_jax.engine.sampling import MAX_LOGPROBS, Sampling
+from moelora_jax.errors import CapacityError, RequestError
 
 #: Why a request ended. ``stop``: it sampled a stop token, which is its last token. ``length``: it
 #: has as many tokens as it asked for. ``cancelled`` and ``timeout`` come with no token.
@@ -56,6 +60,48 @@ class TokenOutput:
     finish_reason: FinishReason | None = None
 
 
+def check_tokens(
+    tokens: Sequence[int] | np.ndarray,
+    max_new_tokens: int,
+    model: ModelConfig,
+    cache: CacheConfig,
+) -> list[int]:
+    """The token ids of a prompt, checked.
+
+    Raises:
+        RequestError: they are no list of token ids of the model.
+        CapacityError: they and the new tokens are longer than the cache.
+    """
+    array = np.asarray(tokens)
+    if array.ndim != 1 or array.size == 0:
+        raise RequestError("tokens must be a list of at least one token id")
+    if not np.issubdtype(array.dtype, np.integer):
+        raise RequestError(f"token ids must be integers, not {array.dtype}")
+    outside = array[(array < 0) | (array >= model.vocab_size)]
+    if outside.size:
+        raise RequestError(
+            f"token id {outside[0]} is outside the vocabulary of {model.vocab_size} tokens"
+        )
+    if array.size + max_new_tokens > cache.max_length:
+        new = f" and {max_new_tokens} new ones" if max_new_tokens else ""
+        raise CapacityError(
+            f"{array.size} prompt tokens{new} exceed the cache's max_length {cache.max_length}; "
+            "shorten the prompt or raise CacheConfig.max_length"
+        )
+    return array.tolist()
+
+
+def check_options(request: Request) -> None:
+    """Refuse options that make no sense with a RequestError."""
+    if request.max_new_tokens < 1:
+        raise RequestError(f"max_new_tokens must be at least 1, not {request.max_new_tokens}")
+    logprobs = request.num_logprobs
+    if logprobs is not None and not 0 <= logprobs <= MAX_LOGPROBS:
+        raise RequestError(f"num_logprobs must be between 0 and {MAX_LOGPROBS}, not {logprobs}")
+    if request.timeout is not None and not request.timeout > 0:
+        raise RequestError(f"timeout must be positive seconds, not {request.timeout}")
+
+
 @dataclass(frozen=True)
 class AdapterTraffic:
     """Counters of one adapter, or of the base model.
@@ -85,14 +131,16 @@ class EngineStats:
         by_adapter: the same by adapter name; None is the base model.
         steps: programs run, by kind.
         preemptions: sequences that gave up their cache blocks and were computed again.
-        prefix_hits: prompt tokens that were found in the cache instead of being computed.
+        prefix_hits: tokens that were found in the cache instead of being computed.
         compilations: programs compiled in this process since the engine was started.
         address_changes: workspaces, caches or pools that moved since the engine was started.
-        unplanned_reads: reads from the device besides the sampled tokens and what was asked for.
+        unplanned_reads: reads from the device besides the sampled tokens and what was asked for;
+            such a step fails.
         adapter_loads: adapters loaded, reloads included.
         adapter_writes: adapters written to the device.
         adapter_evictions: adapters moved off the device to make room.
         kv_blocks_used: cache blocks that sequences hold (gauge).
+        kv_blocks_remembered: cache blocks, in use or not, that a prompt can be found in (gauge).
         kv_blocks_total: cache blocks that there are.
         pools: how full each page pool is (gauge).
     """
@@ -114,5 +162,6 @@ class EngineStats:
     adapter_writes: int
     adapter_evictions: int
     kv_blocks_used: int
+    kv_blocks_remembered: int
     kv_blocks_total: int
     pools: tuple[PoolUsage, ...]

@@ -13,7 +13,7 @@ from moelora_jax.adapters.pages import PagePool
 from moelora_jax.adapters.registry import AdapterRegistry
 from moelora_jax.buckets import Batch, BatchLayout, Kind, ProgramKey, Programs, program_keys
 from moelora_jax.config import ModelConfig, RuntimeConfig
-from moelora_jax.engine.sampling import sample
+from moelora_jax.engine.sampling import Sampled, log_probabilities, sample
 from moelora_jax.errors import CapacityError
 from moelora_jax.workspace import (
     DeviceState,
@@ -78,21 +78,26 @@ class Runner:
         """Compile all programs of the given kinds; nothing is compiled for a batch after that."""
         self.programs.compile(program_keys(self.runtime.buckets, kinds), progress=progress)
 
-    def run(self, key: ProgramKey, batch: Batch) -> Array:
-        """Run one step.
+    def run(self, key: ProgramKey, batch: Batch) -> Sampled | Array:
+        """Run one step; returns before the device has run it.
 
         Args:
             key: the program.
             batch: NumPy arrays of the program's bucket.
 
         Returns:
-            On the device: int32 ``[sequences]`` next tokens, or for ``score`` float32
-            ``[tokens, vocab]`` logits.
+            On the device: each row's next token, or for ``score`` float32 ``[tokens, vocab]``
+            logits.
         """
         packed = jax.device_put(self.layout(key).pack(batch))
         pages = self.pool.device_pages() if key.lora else None
         self.state, out = self.programs[key](self.state, self._params, pages, packed)
         return out
+
+    def recover(self) -> None:
+        """Make the device state anew if a step failed after the state was donated to it."""
+        if any(leaf.is_deleted() for leaf in jax.tree.leaves(self.state)):
+            self.state = allocate(self._state_shapes)
 
     def memory_plan(self) -> MemoryPlan:
         """Bytes on the device, by what they are for."""
@@ -103,7 +108,7 @@ class Runner:
             adapter_pages=sum(pools.values()),
             vocabulary_pages=vocabulary_pages,
             adapter_tables=self.pool.table_bytes,
-            workspaces=num_bytes(self.state.workspace),
+            workspaces=num_bytes((self.state.workspace, self.state.sampled)),
             kv_cache=num_bytes(self.state.cache),
         )
 
@@ -120,23 +125,28 @@ class Runner:
 
         def step(
             state: DeviceState, params: Any, pages: Any, packed: Array
-        ) -> tuple[DeviceState, Array]:
+        ) -> tuple[DeviceState, Sampled | Array]:
             opened, batch = open_state(state), layout.unpack(packed)
+            kept = opened.sampled[...]
+            tokens = jnp.where(batch.tokens < 0, kept[-1 - batch.tokens], batch.tokens)
+            batch = batch._replace(tokens=tokens)
             model: Any = nnx.merge(graph, params)
             by_site = None if pages is None else pool.by_site(pages)
             hidden = model(batch, opened.cache, opened.workspace, by_site)
             last_only = key.kind != "score"
-            out = model.logits(hidden, batch, opened.workspace, by_site, last_only=last_only)
-            if last_only:
-                out = sample(
-                    out,
-                    batch.temperature,
-                    batch.top_k,
-                    batch.top_p,
-                    batch.seed,
-                    batch.positions[batch.last_token],
-                )
-            return close_state(opened), out
+            logits = model.logits(hidden, batch, opened.workspace, by_site, last_only=last_only)
+            if not last_only:
+                return close_state(opened), logits
+            chosen = sample(
+                logits,
+                batch.temperature,
+                batch.top_k,
+                batch.top_p,
+                batch.seed,
+                batch.positions[batch.last_token],
+            )
+            opened.sampled[...] = kept.at[batch.seat].set(chosen, mode="drop")
+            return close_state(opened), log_probabilities(logits, chosen, batch.logprobs)
 
         return step
 

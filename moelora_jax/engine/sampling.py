@@ -1,6 +1,7 @@
 """Choosing the next token on the device."""
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -39,6 +40,54 @@ class Sampling:
             raise RequestError(f"top_p must be above 0 and at most 1, not {self.top_p}")
         if not 0 <= self.seed < 2**31:
             raise RequestError(f"seed must be between 0 and 2**31 - 1, not {self.seed}")
+
+
+class Sampled(NamedTuple):
+    """What a step returns for each row of its bucket.
+
+    The three below the tokens are zeros unless a row of the step asked for log-probabilities.
+
+    Attributes:
+        tokens: int32 ``[rows]``, the chosen tokens.
+        logprobs: float32 ``[rows]``, their log-probabilities.
+        top_tokens: int32 ``[rows, n]``, the most probable tokens, best first; n is
+            ``MAX_LOGPROBS``, or the vocabulary where that is smaller.
+        top_logprobs: float32 ``[rows, n]``.
+    """
+
+    tokens: Array
+    logprobs: Array
+    top_tokens: Array
+    top_logprobs: Array
+
+
+def log_probabilities(
+    logits: Float[Array, "rows vocab"], tokens: Int32[Array, " rows"], wanted: Int32[Array, ""]
+) -> Sampled:
+    """The chosen tokens with their log-probabilities and those of the most probable ones.
+
+    Args:
+        logits: float32 scores, before temperature, top-k and top-p.
+        tokens: the chosen tokens.
+        wanted: 0 if no row needs them; the vocabulary is then not sorted.
+    """
+    rows, most = tokens.shape[0], min(MAX_LOGPROBS, logits.shape[1])
+
+    def compute() -> Sampled:
+        scores = jax.nn.log_softmax(logits)
+        top, which = lax.top_k(scores, most)
+        chosen = jnp.take_along_axis(scores, tokens[:, None], axis=1)[:, 0]
+        return Sampled(tokens, chosen, which.astype(jnp.int32), top)
+
+    def skip() -> Sampled:
+        return Sampled(
+            tokens,
+            jnp.zeros(rows, jnp.float32),
+            jnp.zeros((rows, most), jnp.int32),
+            jnp.zeros((rows, most), jnp.float32),
+        )
+
+    return lax.cond(wanted > 0, compute, skip)
 
 
 def sample(
