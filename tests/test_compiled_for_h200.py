@@ -46,7 +46,7 @@ PROGRAMS = [
 def test_every_donated_byte_is_updated_in_place(programs: dict[str, Any], name: str) -> None:
     program = programs[name]
     assert program["aliased_bytes"] == program["donated_bytes"]
-    # For each row a token, its log-probability, and 20 best tokens with theirs; and the table of the
+    # For each row a token, its log-probability, 20 best tokens with theirs; and the table of the
     # tuple that holds all results.
     assert program["new_output_bytes"] <= program["rows"] * 4 * (2 + 2 * 20) + 512
 

@@ -6,9 +6,10 @@ import time
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass, field, replace
 
-from moelora_jax.engine.async_engine import AsyncEngine, Stream
+from moelora_jax.engine.async_engine import AsyncEngine
 from moelora_jax.engine.requests import Request, TokenOutput
 from moelora_jax.engine.sampling import Sampling
+from moelora_jax.engine.stream import Stream
 from moelora_jax.errors import MoeLoraError
 from moelora_jax.server.detokenizer import StopStrings
 from moelora_jax.server.errors import ApiError, api_error, shutting_down
