@@ -22,7 +22,8 @@ CACHE = CacheConfig(max_length=48, block_size=4, num_blocks=25)
 
 def version(name: str, number: int) -> AdapterVersion:
     """One that is on the device."""
-    return AdapterVersion(name, number, PackedAdapter("test", "memory", 1, {}, {}), False, number)
+    packed = PackedAdapter("test", "memory", 1, pages={}, tables={}, ranks={}, scalings={})
+    return AdapterVersion(name, number, packed, False, slot=number)
 
 
 class FakeAdapters:
