@@ -6,7 +6,10 @@ is never compiled for.
 """
 
 import os
-from collections.abc import Callable, Iterable, Mapping
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -223,6 +226,44 @@ class CompilationCounter:
         self.close()
 
 
+@contextmanager
+def _count_cache_hits() -> Iterator[Callable[[], int]]:
+    """Counts programs that come from the compilation cache; gives a function that says how many."""
+    hits: list[str] = []  # Appending is atomic: several threads compile.
+
+    def listen(event: str, **_: object) -> None:
+        if event == "/jax/compilation_cache/cache_hits":
+            hits.append(event)
+
+    jax.monitoring.register_event_listener(listen)
+    try:
+        yield lambda: len(hits)
+    finally:
+        jax.monitoring.unregister_event_listener(listen)
+
+
+@dataclass(frozen=True)
+class CompileReport:
+    """What it took to have programs ready.
+
+    Attributes:
+        programs: how many were made.
+        from_cache: how many of them were compiled earlier and kept on disk.
+        seconds: from the first to the last, tracing included.
+    """
+
+    programs: int
+    from_cache: int
+    seconds: float
+
+    def __str__(self) -> str:
+        start = "warm" if self.programs == self.from_cache else "cold"
+        return (
+            f"{self.programs} programs, {self.from_cache} of them from the cache, in "
+            f"{self.seconds:.1f} s ({start} start)"
+        )
+
+
 class Programs:
     """The compiled programs of a model, by key.
 
@@ -240,12 +281,17 @@ class Programs:
         self._arguments = arguments
         self._compiled: dict[ProgramKey, jax.stages.Compiled] = {}
 
-    def compile(self, keys: Iterable[ProgramKey], *, progress: bool = False) -> None:
+    def compile(self, keys: Iterable[ProgramKey], *, progress: bool = False) -> CompileReport:
         """Compile the programs of ``keys`` that are not compiled yet, largest bucket first.
+
+        One program is traced after another; XLA compiles as many at once as there are cores.
 
         Args:
             keys: which programs.
             progress: show a progress bar.
+
+        Returns:
+            How many there were, and how long it took.
         """
         missing = sorted({key for key in keys if key not in self._compiled}, reverse=True)
         columns = (
@@ -256,14 +302,25 @@ class Programs:
             TimeElapsedColumn(),
         )
         console = Console(stderr=True)
-        with Progress(*columns, console=console, disable=not progress or not missing) as bar:
+        start = time.perf_counter()
+        with (
+            _count_cache_hits() as hits,
+            Progress(*columns, console=console, disable=not progress or not missing) as bar,
+            ThreadPoolExecutor(os.cpu_count(), "compile") as threads,
+        ):
             task = bar.add_task("", total=len(missing))
+            compiling: list[Future[jax.stages.Compiled]] = []
             for key in missing:
                 adapters = "with adapters" if key.lora else "base only"
                 bar.update(task, description=f"{key.kind} {key.bucket.tokens} tokens, {adapters}")
                 function = jax.jit(self._build(key), donate_argnums=0)
-                self._compiled[key] = function.lower(*self._arguments(key)).compile()
-                bar.advance(task)
+                lowered = function.lower(*self._arguments(key))
+                compiling.append(threads.submit(lowered.compile))
+                compiling[-1].add_done_callback(lambda _: bar.advance(task))
+            bar.update(task, description="")
+            for key, future in zip(missing, compiling, strict=True):
+                self._compiled[key] = future.result()
+        return CompileReport(len(missing), hits(), time.perf_counter() - start)
 
     def __getitem__(self, key: ProgramKey) -> jax.stages.Compiled:
         """The program of ``key``; compiled now if :meth:`compile` was not called for it."""

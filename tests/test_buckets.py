@@ -1,11 +1,14 @@
 """Packing of batches, the choice of buckets, and the compiled programs."""
 
+from pathlib import Path
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from jax.experimental.compilation_cache import compilation_cache
 
 from moelora_jax import BucketConfig, RequestError
 from moelora_jax.buckets import (
@@ -97,8 +100,9 @@ def test_programs_are_compiled_once_and_counted(capsys: pytest.CaptureFixture[st
     programs = Programs(build, lambda _: (vector, vector))
     assert key not in programs
     with CompilationCounter() as compilations:
-        programs.compile([key, key], progress=True)
-        programs.compile([key])
+        report = programs.compile([key, key], progress=True)
+        assert (report.programs, report.seconds > 0) == (1, True)
+        assert programs.compile([key]).programs == 0
         assert compilations.count == 1
         state, out = programs[key](jnp.ones(3), jnp.full(3, 2.0))
     assert built == [key]
@@ -113,3 +117,42 @@ def test_a_closed_counter_no_longer_counts() -> None:
     counter.close()
     jax.jit(lambda x: x * 3 + 17).lower(jnp.ones(5)).compile()
     assert counter.count == 0
+
+
+def test_programs_come_from_the_cache_at_the_second_start(tmp_path: Path) -> None:
+    def build(key: ProgramKey):
+        return lambda state, x: (state * key.bucket.tokens, x)
+
+    keys = [ProgramKey("decode", Bucket(size, size), lora=False) for size in (1, 2, 3)]
+    before = jax.config.jax_compilation_cache_dir
+    least = jax.config.jax_persistent_cache_min_compile_time_secs
+    reports = []
+    try:
+        jax.config.update("jax_compilation_cache_dir", str(tmp_path))
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+        compilation_cache.reset_cache()
+        for _ in range(2):
+            programs = Programs(
+                build,
+                lambda key: (jax.ShapeDtypeStruct((key.bucket.tokens,), jnp.float32),) * 2,
+            )
+            reports.append(programs.compile(keys))
+            state, _ = programs[keys[2]](jnp.ones(3), jnp.ones(3))
+            np.testing.assert_array_equal(state, np.full(3, 3.0))
+    finally:
+        jax.config.update("jax_compilation_cache_dir", before)
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", least)
+        compilation_cache.reset_cache()
+    assert [report.from_cache for report in reports] == [0, 3]
+    assert "cold" in str(reports[0]) and "warm" in str(reports[1])
+
+
+def test_a_program_that_does_not_compile_says_so() -> None:
+    def build(_: ProgramKey):
+        return lambda state, x: (state + x.nonsense, x)
+
+    vector = jax.ShapeDtypeStruct((3,), jnp.float32)
+    programs = Programs(build, lambda _: (vector, vector))
+    with pytest.raises(AttributeError, match="nonsense"):
+        programs.compile([ProgramKey("decode", Bucket(1, 1), lora=False)])
+    assert len(programs) == 0

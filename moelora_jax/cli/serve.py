@@ -206,7 +206,7 @@ def serve(
     llm = _load(model, runtime, dtype)
     for each in list(loaded):
         llm.load_adapter(each, loaded.pop(each))
-    llm.warm_up(progress=True)
+    typer.echo(f"Ready: {llm.warm_up(progress=True)}", err=True)
 
     engine = AsyncEngine(llm, max_waiting=max_waiting)
     service = app.Service(

@@ -16,7 +16,7 @@ from moelora_jax.adapters.pages import PackedAdapter
 from moelora_jax.adapters.reader import read_adapter
 from moelora_jax.adapters.registry import AdapterInfo
 from moelora_jax.adapters.writer import Layout, save_adapter
-from moelora_jax.buckets import Kind
+from moelora_jax.buckets import CompileReport, Kind
 from moelora_jax.config import ModelConfig, RuntimeConfig
 from moelora_jax.engine.engine import Engine
 from moelora_jax.engine.requests import FinishReason, check_tokens
@@ -220,12 +220,12 @@ class LLM:
 
     def warm_up(
         self, kinds: Sequence[Kind] = ("prefill", "decode"), *, progress: bool = False
-    ) -> None:
+    ) -> CompileReport:
         """Compile the programs for :meth:`generate`, or with ``("score",)`` for :meth:`score`.
 
-        Without it each program is compiled when it is first needed.
+        Without it each program is compiled when it is first needed. Returns how long it took.
         """
-        self.runner.warm_up(kinds, progress=progress)
+        return self.runner.warm_up(kinds, progress=progress)
 
     def score(self, prompts: Sequence[Prompt]) -> list[np.ndarray]:
         """Logits of every position of every prompt.

@@ -11,7 +11,15 @@ from jax.typing import DTypeLike
 
 from moelora_jax.adapters.pages import PagePool
 from moelora_jax.adapters.registry import AdapterRegistry
-from moelora_jax.buckets import Batch, BatchLayout, Kind, ProgramKey, Programs, program_keys
+from moelora_jax.buckets import (
+    Batch,
+    BatchLayout,
+    CompileReport,
+    Kind,
+    ProgramKey,
+    Programs,
+    program_keys,
+)
 from moelora_jax.config import ModelConfig, RuntimeConfig
 from moelora_jax.engine.sampling import Sampled, log_probabilities, sample
 from moelora_jax.errors import CapacityError
@@ -74,9 +82,9 @@ class Runner:
 
     def warm_up(
         self, kinds: Iterable[Kind] = ("prefill", "decode"), *, progress: bool = False
-    ) -> None:
+    ) -> CompileReport:
         """Compile all programs of the given kinds; nothing is compiled for a batch after that."""
-        self.programs.compile(program_keys(self.runtime.buckets, kinds), progress=progress)
+        return self.programs.compile(program_keys(self.runtime.buckets, kinds), progress=progress)
 
     def run(self, key: ProgramKey, batch: Batch) -> Sampled | Array:
         """Run one step; returns before the device has run it.
