@@ -6,10 +6,10 @@ so a compiled program is determined by them alone.
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from moelora_jax.errors import CapacityError
-from moelora_kernels.types import PAGE_ROWS
+from moelora_kernels.types import PAGE_ROWS, ExpertGroups
 
 Scoring = Literal["softmax", "sigmoid"]
 Activation = Literal["silu", "clamped_swiglu"]
@@ -30,6 +30,8 @@ class MoeConfig:
         routed_scaling: factor on the weighted sum of the experts.
         activation: ``silu`` is silu(gate)·up; ``clamped_swiglu`` is the form of gpt-oss.
         router_bias: whether a bias is added to the router's logits.
+        correction_bias: whether a bias is added to the scores for the choice of experts alone.
+        groups: what limits the choice of experts; None lets each token choose among all.
         expert_bias: whether the gate, up and down projections of the experts have biases.
     """
 
@@ -42,6 +44,8 @@ class MoeConfig:
     routed_scaling: float = 1.0
     activation: Activation = "silu"
     router_bias: bool = False
+    correction_bias: bool = False
+    groups: ExpertGroups | None = None
     expert_bias: bool = False
 
     def __post_init__(self) -> None:
@@ -52,6 +56,8 @@ class MoeConfig:
             raise ValueError(
                 f"MoeConfig.top_k is {self.top_k}, more than num_experts {self.num_experts}"
             )
+        if self.groups is not None:
+            self.groups.check(self.num_experts, self.top_k)
 
 
 @dataclass(frozen=True)
@@ -100,6 +106,8 @@ class YarnScaling:
         beta_fast: turns within the original length from which on a pair keeps its frequency.
         beta_slow: turns up to which a pair is slowed down fully.
         truncate: whether the ramp begins and ends at whole pairs.
+        score_factor: on the scores of latent attention, most of whose features are not rotated and
+            so not multiplied by ``attention_factor``.
     """
 
     factor: float
@@ -108,6 +116,7 @@ class YarnScaling:
     beta_fast: float = 32.0
     beta_slow: float = 1.0
     truncate: bool = True
+    score_factor: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -117,10 +126,42 @@ class RopeConfig:
     Attributes:
         theta: base of the frequencies.
         yarn: how frequencies are scaled; None leaves them as they are.
+        interleaved: whether the two features of a pair are neighbours, not half a head apart.
     """
 
     theta: float = 10000.0
     yarn: YarnScaling | None = None
+    interleaved: bool = False
+
+
+@dataclass(frozen=True)
+class LatentConfig:
+    """Multi-head latent attention (MLA), as in DeepSeek-V2: arXiv 2405.04434, section 2.1.
+
+    A token's keys and values in all heads are projected up from one latent vector, and its queries
+    may be, too. The last features of queries and keys are rotated; those of the key are the same in
+    all heads.
+
+    Attributes:
+        query_rank: width of the queries' latent vector; None projects them directly.
+        key_value_rank: width of the keys' and values' latent vector.
+        rope_dim: rotated features of a query or key head; the others carry no position.
+        value_dim: width of a value head.
+    """
+
+    query_rank: int | None
+    key_value_rank: int
+    rope_dim: int
+    value_dim: int
+
+
+class Projection(NamedTuple):
+    """A linear map of attention, which every layer has."""
+
+    name: str
+    in_features: int
+    out_features: int
+    bias: bool
 
 
 @dataclass(frozen=True)
@@ -133,13 +174,17 @@ class ModelConfig:
         num_layers: decoder layers.
         num_heads: query heads.
         num_kv_heads: key and value heads.
-        head_dim: width of one head.
+        head_dim: width of a query or key head.
         moe: the routed layers, all alike.
         moe_layers: indices of the layers with routed experts; the others have a dense MLP.
         dense_intermediate_size: width inside a dense MLP.
+        shared_intermediate_size: width of all shared experts of a routed layer together, through
+            which every token goes; 0 if there are none.
+        latent: what latent attention needs to know; None is grouped-query attention.
         rope: the rotary position embedding.
         norm_eps: added to the variance in RMSNorm.
-        attention_bias: whether q, k, v and o projections have biases.
+        attention_bias: whether q, k, v and o projections have biases; in latent attention, those
+            that lead into a latent vector or out of attention.
         attention_sinks: whether each query head has a learned score that takes part in the softmax
             and has no value.
         qk_norm: what of queries and keys is normalised: each ``head``, the whole ``projection``, or
@@ -161,6 +206,8 @@ class ModelConfig:
     moe: MoeConfig
     moe_layers: tuple[int, ...]
     dense_intermediate_size: int = 0
+    shared_intermediate_size: int = 0
+    latent: LatentConfig | None = None
     rope: RopeConfig = RopeConfig()
     norm_eps: float = 1e-6
     attention_bias: bool = False
@@ -188,20 +235,64 @@ class ModelConfig:
     def dense_layers(self) -> tuple[int, ...]:
         return tuple(i for i in range(self.num_layers) if i not in self.moe_layers)
 
+    @property
+    def value_dim(self) -> int:
+        """Width of a value head."""
+        return self.head_dim if self.latent is None else self.latent.value_dim
+
+    def attention_projections(self) -> tuple[Projection, ...]:
+        """The linear maps of attention, in the order in which they are applied."""
+        hidden, bias = self.hidden_size, self.attention_bias
+        queries, keys = self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim
+        values = self.num_heads * self.value_dim
+        out = Projection("o_proj", values, hidden, bias)
+        latent = self.latent
+        if latent is None:
+            return (
+                Projection("q_proj", hidden, queries, bias),
+                Projection("k_proj", hidden, keys, bias),
+                Projection("v_proj", hidden, keys, bias),
+                out,
+            )
+        if latent.query_rank is None:
+            query: tuple[Projection, ...] = (Projection("q_proj", hidden, queries, False),)
+        else:
+            query = (
+                Projection("q_a_proj", hidden, latent.query_rank, bias),
+                Projection("q_b_proj", latent.query_rank, queries, False),
+            )
+        rank, up = latent.key_value_rank, self.head_dim - latent.rope_dim + latent.value_dim
+        return (
+            *query,
+            Projection("kv_a_proj_with_mqa", hidden, rank + latent.rope_dim, bias),
+            Projection("kv_b_proj", rank, self.num_heads * up, False),
+            out,
+        )
+
     def lora_sites(self) -> tuple[LoraSite, ...]:
         """Every projection that an adapter may change: attention, experts, and optional ones."""
-        hidden, inner = self.moe.hidden_size, self.moe.intermediate_size
-        queries, keys = self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim
-        everywhere = tuple(range(self.num_layers))
+        hidden, everywhere = self.hidden_size, tuple(range(self.num_layers))
         tied = "embed_tokens" if self.tie_embeddings else None
+
+        def gated_mlp(
+            prefix: str, inner: int, layers: tuple[int, ...], num_experts: int = 0
+        ) -> tuple[LoraSite, ...]:
+            if not (inner and layers):
+                return ()
+            return (
+                LoraSite(f"{prefix}gate_proj", hidden, inner, layers, num_experts),
+                LoraSite(f"{prefix}up_proj", hidden, inner, layers, num_experts),
+                LoraSite(f"{prefix}down_proj", inner, hidden, layers, num_experts),
+            )
+
         return (
-            LoraSite("q_proj", hidden, queries, everywhere),
-            LoraSite("k_proj", hidden, keys, everywhere),
-            LoraSite("v_proj", hidden, keys, everywhere),
-            LoraSite("o_proj", queries, hidden, everywhere),
-            LoraSite("gate_proj", hidden, inner, self.moe_layers, self.moe.num_experts),
-            LoraSite("up_proj", hidden, inner, self.moe_layers, self.moe.num_experts),
-            LoraSite("down_proj", inner, hidden, self.moe_layers, self.moe.num_experts),
+            *(
+                LoraSite(p.name, p.in_features, p.out_features, everywhere)
+                for p in self.attention_projections()
+            ),
+            *gated_mlp("mlp.", self.dense_intermediate_size, self.dense_layers),
+            *gated_mlp("shared_experts.", self.shared_intermediate_size, self.moe_layers),
+            *gated_mlp("", self.moe.intermediate_size, self.moe_layers, self.moe.num_experts),
             LoraSite("router", hidden, self.moe.num_experts, self.moe_layers, optional=True),
             LoraSite(
                 "embed_tokens", self.vocab_size, hidden, (0,), optional=True, is_embedding=True

@@ -36,6 +36,7 @@ class MoeParams(NamedTuple):
         gate_up: ``[layers, experts, 2, intermediate, hidden]``; index 0 is gate, 1 is up.
         down: ``[layers, experts, hidden, intermediate]``.
         router_bias: ``[layers, experts]``, or None where the model has none; so are the others.
+        correction_bias: ``[layers, experts]``, float32 whatever the compute dtype.
         gate_up_bias: ``[layers, experts, 2, intermediate]``.
         down_bias: ``[layers, experts, hidden]``.
     """
@@ -44,6 +45,7 @@ class MoeParams(NamedTuple):
     gate_up: Array
     down: Array
     router_bias: Array | None = None
+    correction_bias: Array | None = None
     gate_up_bias: Array | None = None
     down_bias: Array | None = None
 
@@ -150,11 +152,14 @@ def moe_router(
         logits = logits + params.router_bias[layer].astype(jnp.float32)
     if add_lora is not None:
         logits = add_lora(logits)
+    bias = params.correction_bias
     experts, weights = route(
         logits,
         top_k=config.top_k,
         scoring=config.scoring,
         renormalize=config.renormalize,
+        correction_bias=None if bias is None else bias[layer],
+        groups=config.groups,
         implementation=implementation,
     )
     return logits, experts, weights

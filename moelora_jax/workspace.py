@@ -36,7 +36,12 @@ class Workspace(NamedTuple):
 
 
 class KVCache(NamedTuple):
-    """Keys and values of all layers, ``[layers, blocks, block_size, kv_heads, head_dim]`` each."""
+    """Keys and values of all layers, as attention sees them.
+
+    Attributes:
+        keys: ``[layers, blocks, block_size, kv_heads, head_dim]``.
+        values: ``[layers, blocks, block_size, kv_heads, value_dim]``.
+    """
 
     keys: Buffer
     values: Buffer
@@ -72,18 +77,12 @@ def device_state_shapes(
     adapter_sort = token_sort_shapes(
         tokens, 1, num_experts=1, num_adapters=adapters, tile_rows=DENSE_TILE_ROWS
     )
-    cache: Any = jax.ShapeDtypeStruct(
-        (
-            model.num_layers,
-            runtime.cache.total_blocks(runtime.buckets.max_sequences),
-            runtime.cache.block_size,
-            model.num_kv_heads,
-            model.head_dim,
-        ),
-        jnp.dtype(dtype),
-    )
+    blocks = runtime.cache.total_blocks(runtime.buckets.max_sequences)
+    heads = (model.num_layers, blocks, runtime.cache.block_size, model.num_kv_heads)
+    keys: Any = jax.ShapeDtypeStruct((*heads, model.head_dim), jnp.dtype(dtype))
+    values: Any = jax.ShapeDtypeStruct((*heads, model.value_dim), jnp.dtype(dtype))
     sampled: Any = jax.ShapeDtypeStruct((runtime.buckets.max_sequences,), jnp.int32)
-    return DeviceState(Workspace(moe, adapter_sort), KVCache(cache, cache), sampled)
+    return DeviceState(Workspace(moe, adapter_sort), KVCache(keys, values), sampled)
 
 
 def allocate(shapes: DeviceState) -> DeviceState:

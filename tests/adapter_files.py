@@ -154,15 +154,22 @@ def linear_tensors(
     scaling: float = 2.0,
     dtype: Any = np.float32,
 ) -> tuple[Tensors, Deltas]:
-    """Factors for attention in every layer."""
+    """Factors for linear layers, wherever the model has them."""
     tensors: Tensors = {}
     deltas: Deltas = {}
     for layer in range(config.num_layers):
         for site in _sites(config, sites):
-            a, b = _factors(rng, rank, site.in_features, site.out_features, dtype)
-            _add(tensors, f"{PREFIX}.{layer}.self_attn.{site.name}", a, b)
-            deltas[Target(layer, site.name, 0)] = _product(a, b, scaling)
+            if layer in site.layers:
+                a, b = _factors(rng, rank, site.in_features, site.out_features, dtype)
+                _add(tensors, f"{PREFIX}.{layer}.{linear_module(site.name)}", a, b)
+                deltas[Target(layer, site.name, 0)] = _product(a, b, scaling)
     return tensors, deltas
+
+
+def linear_module(site: str) -> str:
+    """What transformers calls the linear layer of a site, inside a decoder layer."""
+    prefix = {"mlp": "", "shared_experts": "mlp."}.get(site.partition(".")[0], "self_attn.")
+    return f"{prefix}{site}"
 
 
 def per_expert_tensors(

@@ -189,16 +189,16 @@ def test_peft_reads_the_fused_layout(tmp_path: Path, sites: Sequence[str]) -> No
     assert read.updates.keys() == adapter.updates.keys()
 
 
-@pytest.mark.parametrize("architecture", TESTED)
-def test_peft_reads_the_fused_layout_of_every_family(tmp_path: Path, architecture: str) -> None:
+@pytest.mark.parametrize("name", TESTED)
+def test_peft_reads_the_fused_layout_of_every_family(tmp_path: Path, name: str) -> None:
     peft = pytest.importorskip("peft")
-    family = FAMILIES[architecture]
-    config = family.read_config(raw_config(architecture))
+    family = FAMILIES[TESTED[name].architecture]
+    config = family.read_config(raw_config(name))
     adapter, names = make_adapter(config, rank=3), family.module_names
     save_adapter(
         tmp_path / "ours", adapter, config.lora_sites(), layout="peft_fused", module_names=names
     )
-    model = torch_model(architecture)
+    model = torch_model(name)
     loaded = peft.PeftModel.from_pretrained(model, str(tmp_path / "ours"))
     loaded.save_pretrained(str(tmp_path / "theirs"))
     read = reread(tmp_path / "theirs", config, names)

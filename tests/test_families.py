@@ -23,9 +23,11 @@ from moelora_jax import (
 from moelora_jax.config import RopeConfig
 from moelora_jax.models import FAMILIES
 from tests.adapter_files import (
+    EXPERTS,
     Deltas,
     Tensors,
     adapter_options,
+    linear_module,
     linear_tensors,
     per_expert_tensors,
     write_adapter,
@@ -39,7 +41,6 @@ RUNTIME = RuntimeConfig(
     buckets=BucketConfig(decode=(8,), prefill=(128,)),
     cache=CacheConfig(max_length=32, block_size=8),
 )
-ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
 SIZES = {
     "vocab_size": 97,
     "hidden_size": 48,
@@ -59,6 +60,29 @@ YARN = {
     "beta_slow": 0.5,
     "truncate": False,
 }
+#: Every width differs, so that no transposition goes unseen. The norms of latent vectors do not
+#: take their epsilon from the config.
+DEEPSEEK = {
+    "vocab_size": 97,
+    "hidden_size": 48,
+    "intermediate_size": 36,
+    "moe_intermediate_size": 20,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 4,
+    "q_lora_rank": 24,
+    "kv_lora_rank": 28,
+    "qk_nope_head_dim": 12,
+    "qk_rope_head_dim": 8,
+    "v_head_dim": 10,
+    "n_routed_experts": 8,
+    "n_shared_experts": 2,
+    "num_experts_per_tok": 3,
+    "first_k_dense_replace": 1,
+    "routed_scaling_factor": 1.5,
+    "rms_norm_eps": 1e-3,
+    "max_position_embeddings": 256,
+}
+DEEPSEEK_YARN = YARN | {"truncate": True, "mscale": 1.0, "mscale_all_dim": 0.7}
 
 
 @dataclass(frozen=True)
@@ -66,6 +90,7 @@ class Family:
     """A family under test.
 
     Attributes:
+        architecture: in config.json.
         config_class: of transformers.
         options: of a tiny model, with every feature that the family has.
         version_4: the same as transformers 4 wrote it, where it differs; None removes a key.
@@ -75,6 +100,7 @@ class Family:
         refused: changes of the config, and what is said about them.
     """
 
+    architecture: str
     config_class: str
     options: dict[str, Any]
     version_4: dict[str, Any]
@@ -85,7 +111,8 @@ class Family:
 
 
 TESTED = {
-    "Qwen3MoeForCausalLM": Family(
+    "Qwen3-MoE": Family(
+        architecture="Qwen3MoeForCausalLM",
         config_class="Qwen3MoeConfig",
         options=SIZES
         | {
@@ -108,7 +135,8 @@ TESTED = {
             "quantization_config": {"quantization_config": {"quant_method": "fp8"}},
         },
     ),
-    "OlmoeForCausalLM": Family(
+    "OLMoE": Family(
+        architecture="OlmoeForCausalLM",
         config_class="OlmoeConfig",
         options=SIZES
         | {
@@ -129,7 +157,8 @@ TESTED = {
             "quantization_config": {"quantization_config": {"quant_method": "fp8"}},
         },
     ),
-    "MixtralForCausalLM": Family(
+    "Mixtral": Family(
+        architecture="MixtralForCausalLM",
         config_class="MixtralConfig",
         options=SIZES
         | {
@@ -151,7 +180,8 @@ TESTED = {
             "down_proj": "w2",
         },
     ),
-    "GptOssForCausalLM": Family(
+    "gpt-oss": Family(
+        architecture="GptOssForCausalLM",
         config_class="GptOssConfig",
         options=SIZES
         | {
@@ -174,38 +204,115 @@ TESTED = {
         # Some gates must exceed the limit of 7, and sinks must matter beside scores.
         scales={"gate_up_proj": 4.0, "down_proj": 0.25, "sinks": 10.0},
     ),
+    "DeepSeek-V2-Lite": Family(
+        architecture="DeepseekV2ForCausalLM",
+        config_class="DeepseekV2Config",
+        options=DEEPSEEK
+        | {
+            "num_hidden_layers": 2,
+            "q_lora_rank": None,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 5000.0},
+        },
+        version_4={
+            "rope_parameters": None,
+            "rope_theta": 5000.0,
+            "topk_method": "greedy",
+            "scoring_func": "softmax",
+            "n_group": 1,
+            "topk_group": 1,
+            "moe_layer_freq": 1,
+            "norm_topk_prob": False,
+        },
+        refused={
+            "kv_lora_rank missing": {"kv_lora_rank": None},
+            "hidden_act 'gelu'": {"hidden_act": "gelu"},
+            "topk_method 'noaux_tc'": {"topk_method": "noaux_tc"},
+            "norm_topk_prob True": {"norm_topk_prob": True},
+            "moe_layer_freq 2": {"moe_layer_freq": 2},
+            "num_key_value_heads 2": {"num_key_value_heads": 2},
+            "quantization_config": {"quantization_config": {"quant_method": "fp8"}},
+            "top_k is 9": {"num_experts_per_tok": 9},
+        },
+    ),
+    "DeepSeek-V2": Family(
+        architecture="DeepseekV2ForCausalLM",
+        config_class="DeepseekV2Config",
+        options=DEEPSEEK
+        | {
+            "num_hidden_layers": 2,
+            "attention_bias": True,
+            "topk_method": "group_limited_greedy",
+            "n_group": 4,
+            "topk_group": 2,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 5000.0},
+        },
+        version_4={"rope_parameters": None, "rope_theta": 5000.0},
+        refused={
+            "topk_group missing": {"topk_group": None},
+            "8 experts cannot be divided into 3": {"n_group": 3},
+            "5 groups cannot be chosen of 4": {"topk_group": 5},
+        },
+    ),
+    "DeepSeek-V3": Family(
+        architecture="DeepseekV3ForCausalLM",
+        config_class="DeepseekV3Config",
+        options=DEEPSEEK
+        | {
+            "num_hidden_layers": 3,
+            "n_group": 4,
+            "topk_group": 2,
+            "rope_parameters": DEEPSEEK_YARN | {"rope_theta": 5000.0},
+        },
+        version_4={
+            "rope_parameters": None,
+            "rope_theta": 5000.0,
+            "rope_scaling": {"type": "yarn"} | DEEPSEEK_YARN | {"rope_type": None},
+            "topk_method": "noaux_tc",
+            "scoring_func": "sigmoid",
+            "norm_topk_prob": True,
+            "num_nextn_predict_layers": 1,
+        },
+        refused={
+            "n_group missing": {"n_group": None},
+            "scoring_func 'softmax'": {"scoring_func": "softmax"},
+            "topk_method 'greedy'": {"topk_method": "greedy"},
+            "quantization_config": {"quantization_config": {"quant_method": "fp8"}},
+        },
+        # The bias must change choices, and scores lie within 0 and 1.
+        scales={"e_score_correction_bias": 2.0},
+    ),
 }
 
 
 @pytest.fixture(scope="module", params=TESTED)
-def architecture(request: pytest.FixtureRequest) -> str:
-    name: str = request.param
-    return name
+def name(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
 
 
-def torch_model(architecture: str, family: Family | None = None) -> Any:
+def torch_model(name: str, family: Family | None = None) -> Any:
     """A model of PyTorch with random weights, the same at every call."""
     torch = pytest.importorskip("torch")
     import transformers
 
-    family = family or TESTED[architecture]
+    family = family or TESTED[name]
     config = getattr(transformers, family.config_class)(**family.options)
-    model = getattr(transformers, architecture)(config).eval()
+    model = getattr(transformers, family.architecture)(config).eval()
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
-        for name, parameter in model.named_parameters():
+        for tensor, parameter in model.state_dict().items():
             noise = torch.randn(parameter.shape, generator=generator)
             scale = 0.15
             for part, factor in family.scales.items():
-                scale *= factor if part in name else 1.0
-            is_norm = "norm" in name
+                scale *= factor if part in tensor else 1.0
+            is_norm = "norm" in tensor
             parameter.copy_(1 + 0.1 * noise if is_norm else scale * noise)
     return model
 
 
-def raw_config(architecture: str, changes: Mapping[str, Any] | None = None) -> dict[str, Any]:
+def raw_config(name: str, changes: Mapping[str, Any] | None = None) -> dict[str, Any]:
     """A config.json without its nulls."""
-    raw = {"architectures": [architecture]} | TESTED[architecture].options | dict(changes or {})
+    family = TESTED[name]
+    raw = {"architectures": [family.architecture]} | family.options | dict(changes or {})
     return {key: value for key, value in raw.items() if value is not None}
 
 
@@ -216,8 +323,8 @@ def merged(model: Any, deltas: Deltas, *, interleaved: bool) -> Any:
         for (layer, site, expert), delta in deltas.items():
             block = model.model.layers[layer]
             change = torch.from_numpy(delta.astype(np.float32))
-            if site in ATTENTION:
-                getattr(block.self_attn, site).weight += change
+            if site not in EXPERTS:
+                block.get_submodule(linear_module(site)).weight += change
                 continue
             parameter = "down_proj" if site == "down_proj" else "gate_up_proj"
             weight = getattr(block.mlp.experts, parameter)[expert]
@@ -244,15 +351,23 @@ def renamed(tensors: Tensors, names: Mapping[str, str]) -> Tensors:
     return {rename(tensor): values for tensor, values in tensors.items()}
 
 
+def linear_sites(config: ModelConfig) -> list[str]:
+    """The linear layers that adapters may change, but for optional ones."""
+    sites = config.lora_sites()
+    return [site.name for site in sites if not (site.num_experts or site.optional)]
+
+
 def write_by_hand(folder: Path, config: ModelConfig, family: Family) -> dict[str, Deltas]:
     """Adapters with a factor for each projection of each expert."""
     rng = np.random.default_rng(0)
     experts, deltas_of_experts = per_expert_tensors(config, rng, rank=3, scaling=2.0)
-    linear, deltas_of_linear = linear_tensors(config, rng, rank=3, scaling=2.0)
+    linear, deltas_of_linear = linear_tensors(
+        config, rng, sites=linear_sites(config), rank=3, scaling=2.0
+    )
     few, deltas_of_few = per_expert_tensors(config, rng, rank=24, scaling=0.5, experts=(0, 3, 4))
     names = family.expert_names
     write_adapter(
-        folder / "experts and attention",
+        folder / "everything",
         renamed(experts, names) | linear,
         adapter_options(r=3, lora_alpha=6),
     )
@@ -260,23 +375,32 @@ def write_by_hand(folder: Path, config: ModelConfig, family: Family) -> dict[str
         folder / "some experts", renamed(few, names), adapter_options(r=24, lora_alpha=12)
     )
     return {
-        "experts and attention": deltas_of_experts | deltas_of_linear,
+        "everything": deltas_of_experts | deltas_of_linear,
         "some experts": deltas_of_few,
     }
 
 
-def save_by_peft(model: Any, folder: Path) -> None:
-    """An adapter on attention and on the experts' parameters, with random factors."""
+def save_by_peft(model: Any, config: ModelConfig, folder: Path) -> None:
+    """An adapter on attention and on the experts' parameters, with random factors.
+
+    Linear layers that are called like projections of experts are parameters, too: PEFT takes the
+    module's name for that of the experts.
+    """
     torch = pytest.importorskip("torch")
     import peft
 
-    config = peft.LoraConfig(
+    modules = [linear_module(site) for site in linear_sites(config)]
+    options = peft.LoraConfig(
         r=5,
         lora_alpha=10,
-        target_modules=ATTENTION,
-        target_parameters=["mlp.experts.gate_up_proj", "mlp.experts.down_proj"],
+        target_modules=[module for module in modules if "self_attn" in module],
+        target_parameters=[
+            *(f"{module}.weight" for module in modules if "self_attn" not in module),
+            "mlp.experts.gate_up_proj",
+            "mlp.experts.down_proj",
+        ],
     )
-    adapted = peft.get_peft_model(model, config)
+    adapted = peft.get_peft_model(model, options)
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for name, parameter in adapted.named_parameters():
@@ -294,26 +418,24 @@ class Loaded(NamedTuple):
 
 
 @pytest.fixture(scope="module")
-def loaded(architecture: str, tmp_path_factory: pytest.TempPathFactory) -> Loaded:
+def loaded(name: str, tmp_path_factory: pytest.TempPathFactory) -> Loaded:
     pytest.importorskip("torch")
     from peft import PeftModel
 
-    folder, family = tmp_path_factory.mktemp("family"), TESTED[architecture]
-    base = torch_model(architecture)
+    folder, family = tmp_path_factory.mktemp("family"), TESTED[name]
+    base = torch_model(name)
     base.save_pretrained(folder / "base")
     llm = LLM.load(folder / "base", runtime=RUNTIME, dtype=jnp.float32)
 
     by_hand = write_by_hand(folder, llm.config, family)
-    save_by_peft(torch_model(architecture), folder / "by peft")
-    peft_model = PeftModel.from_pretrained(torch_model(architecture), folder / "by peft")
+    save_by_peft(torch_model(name), llm.config, folder / "by peft")
+    peft_model = PeftModel.from_pretrained(torch_model(name), folder / "by peft")
     torch_models = {None: base, "by peft": peft_model.eval()}
-    for name, deltas in by_hand.items():
-        torch_models[name] = merged(
-            torch_model(architecture), deltas, interleaved=family.interleaved
-        )
-    for name in torch_models:
-        if name is not None:
-            llm.load_adapter(name, folder / name)
+    for adapter, deltas in by_hand.items():
+        torch_models[adapter] = merged(torch_model(name), deltas, interleaved=family.interleaved)
+    for adapter in torch_models:
+        if adapter is not None:
+            llm.load_adapter(adapter, folder / adapter)
     return Loaded(folder / "base", llm, torch_models)
 
 
@@ -376,26 +498,27 @@ def test_bfloat16_log_probabilities_are_near_those_in_float32(loaded: Loaded) ->
     assert np.median(np.abs(differences)) <= 0.03
 
 
-def test_configs_of_transformers_4_and_5_are_read_alike(architecture: str) -> None:
-    read, family = FAMILIES[architecture].read_config, TESTED[architecture]
-    config = read(raw_config(architecture))
-    assert read(raw_config(architecture, family.version_4)) == config
+def test_configs_of_transformers_4_and_5_are_read_alike(name: str) -> None:
+    family = TESTED[name]
+    read = FAMILIES[family.architecture].read_config
+    config = read(raw_config(name))
+    assert read(raw_config(name, family.version_4)) == config
     assert config.rope.theta == 5000.0
 
 
 @pytest.mark.parametrize(
-    ("architecture", "message"),
+    ("name", "message"),
     [(name, message) for name, family in TESTED.items() for message in family.refused],
 )
-def test_unsupported_configs_are_refused_by_key(architecture: str, message: str) -> None:
-    changes = TESTED[architecture].refused[message]
+def test_unsupported_configs_are_refused_by_key(name: str, message: str) -> None:
+    family = TESTED[name]
     with pytest.raises(CheckpointError, match=message):
-        FAMILIES[architecture].read_config(raw_config(architecture, changes))
+        FAMILIES[family.architecture].read_config(raw_config(name, family.refused[message]))
 
 
-def test_every_parameter_of_the_module_is_in_the_table(architecture: str) -> None:
-    family = FAMILIES[architecture]
-    config = family.read_config(raw_config(architecture))
+def test_every_parameter_of_the_module_is_in_the_table(name: str) -> None:
+    family = FAMILIES[TESTED[name].architecture]
+    config = family.read_config(raw_config(name))
     skeleton = nnx.eval_shape(lambda: family.module(config, dtype=jnp.float32, rngs=nnx.Rngs(0)))
     shapes = {
         ".".join(map(str, path)): leaf.shape
@@ -406,9 +529,9 @@ def test_every_parameter_of_the_module_is_in_the_table(architecture: str) -> Non
 
 
 def test_what_transformers_assumes_where_the_config_is_silent() -> None:
-    olmoe = raw_config("OlmoeForCausalLM", {"clip_qkv": None, "rope_parameters": None})
+    olmoe = raw_config("OLMoE", {"clip_qkv": None, "rope_parameters": None})
     config = FAMILIES["OlmoeForCausalLM"].read_config(olmoe)
     assert (config.clip_qkv, config.rope) == (None, RopeConfig(10000.0))
-    mixtral = raw_config("MixtralForCausalLM", {"sliding_window": None, "rope_parameters": None})
+    mixtral = raw_config("Mixtral", {"sliding_window": None, "rope_parameters": None})
     config = FAMILIES["MixtralForCausalLM"].read_config(mixtral)
     assert (config.sliding_layers, config.rope) == ((), RopeConfig(1e6))

@@ -17,7 +17,8 @@ from moelora_jax import (
     Prompt,
     RuntimeConfig,
 )
-from tests.test_families import ATTENTION, SIZES, TESTED, Family, torch_model
+from tests.adapter_files import ATTENTION
+from tests.test_families import SIZES, TESTED, Family, torch_model
 
 # As in test_parity.py.
 TOLERANCE = 2e-5
@@ -25,19 +26,21 @@ TOLERANCE = 2e-5
 torch = pytest.importorskip("torch")
 
 QWEN3_MOE = Family(
+    architecture="Qwen3MoeForCausalLM",
     config_class="Qwen3MoeConfig",
     options={key: value for key, value in SIZES.items() if key != "num_local_experts"}
     | {"head_dim": 16, "num_experts": 6, "moe_intermediate_size": 20, "norm_topk_prob": True},
     version_4={},
     refused={},
 )
-FAMILIES = TESTED | {"Qwen3MoeForCausalLM": QWEN3_MOE}
+FAMILIES = TESTED | {"Qwen3-MoE": QWEN3_MOE}
+LATENT_ATTENTION = ("o_proj", "q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "kv_b_proj")
 OPTIONAL_SITES = ("router", "embed_tokens", "lm_head")
-#: Architecture, and whether embedding and head are one matrix. OLMoE names its modules as Qwen3.
+#: Family, and whether embedding and head are one matrix. OLMoE names its modules as Qwen3.
 CASES = [
-    ("Qwen3MoeForCausalLM", True),
-    ("MixtralForCausalLM", False),
-    ("GptOssForCausalLM", True),
+    ("Qwen3-MoE", True),
+    ("Mixtral", False),
+    ("gpt-oss", True),
 ]
 RUNTIME = RuntimeConfig(
     lora=LoraConfig(max_adapters=10, max_rank=32, pool_rank=24, optional_sites=OPTIONAL_SITES),
@@ -46,13 +49,14 @@ RUNTIME = RuntimeConfig(
 )
 
 
-def router_of(architecture: str) -> str:
-    return "mlp.router" if architecture == "GptOssForCausalLM" else "mlp.gate"
+def router_of(name: str) -> str:
+    return "mlp.router" if name == "gpt-oss" else "mlp.gate"
 
 
-def peft_options(architecture: str, tied: bool) -> dict[str, dict[str, Any]]:
+def peft_options(name: str, tied: bool) -> dict[str, dict[str, Any]]:
     """Options of peft.LoraConfig by the adapter's name."""
-    router = f"{router_of(architecture)}.weight"
+    router = f"{router_of(name)}.weight"
+    attention = LATENT_ATTENTION if name == "DeepSeek-V3" else ATTENTION
     experts = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
     options: dict[str, dict[str, Any]] = {
         "router": {"r": 3, "target_parameters": [router]},
@@ -63,10 +67,10 @@ def peft_options(architecture: str, tied: bool) -> dict[str, dict[str, Any]]:
             "r": 20,
             "lora_alpha": 7,
             "use_rslora": True,
-            "target_modules": [*ATTENTION, "embed_tokens", "lm_head"],
+            "target_modules": [*attention, "embed_tokens", "lm_head"],
             "target_parameters": [*experts, router],
         },
-        "attention": {"r": 8, "target_modules": ATTENTION},
+        "attention": {"r": 8, "target_modules": list(attention)},
     }
     if tied:
         options["tied"] = {
@@ -112,19 +116,19 @@ class Loaded(NamedTuple):
 def loaded(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Loaded:
     from peft import PeftModel
 
-    architecture, tied = request.param
-    family = FAMILIES[architecture]
+    family_name, tied = request.param
+    family = FAMILIES[family_name]
     options = family.options | {"tie_word_embeddings": tied}
     folder = tmp_path_factory.mktemp("outside")
 
     def fresh() -> Any:
-        return torch_model(architecture, dataclasses.replace(family, options=options))
+        return torch_model(family_name, dataclasses.replace(family, options=options))
 
     fresh().save_pretrained(folder / "base")
     llm = LLM.load(folder / "base", runtime=RUNTIME, dtype=np.float32)
     assert llm.config.tie_embeddings == tied
     torch_models: dict[str | None, Any] = {None: fresh()}
-    for seed, (name, peft) in enumerate(peft_options(architecture, tied).items()):
+    for seed, (name, peft) in enumerate(peft_options(family_name, tied).items()):
         save_by_peft(fresh(), folder / name, seed, **peft)
         torch_models[name] = quietly(PeftModel.from_pretrained, fresh(), folder / name).eval()
         llm.load_adapter(name, folder / name)

@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import NamedTuple
 
@@ -142,10 +142,14 @@ def _any_of(names: Iterable[str]) -> str:
     return "|".join(map(re.escape, names))
 
 
+_GATED_MLP = ("gate_proj", "up_proj", "down_proj")
+#: Of the layers without routed experts.
+_DENSE_MLP = {f"mlp.{name}": f"mlp.{name}" for name in _GATED_MLP}
+
 #: Qwen3-MoE, as transformers v4 (per expert), transformers v5 (fused parameters) and Megatron (w1,
 #: w3, w2) name its modules.
 QWEN3_MOE_NAMES = ModuleNames(
-    linear=_ATTENTION | {"mlp.gate": "router"},
+    linear=_ATTENTION | _DENSE_MLP | {"mlp.gate": "router"},
     experts=("mlp.experts",),
     projections={
         "gate_proj": ("gate_proj",),
@@ -189,4 +193,25 @@ GPT_OSS_NAMES = ModuleNames(
     fused_router="mlp.router",
     interleaved=True,
     in_features_first=True,
+)
+
+#: DeepSeek-V2 and -V3, whose experts are named like those of Qwen3-MoE.
+DEEPSEEK_NAMES = replace(
+    QWEN3_MOE_NAMES,
+    linear={
+        **{
+            f"self_attn.{site}": site
+            for site in (
+                "q_proj",
+                "q_a_proj",
+                "q_b_proj",
+                "kv_a_proj_with_mqa",
+                "kv_b_proj",
+                "o_proj",
+            )
+        },
+        **_DENSE_MLP,
+        "mlp.gate": "router",
+        **{f"mlp.shared_experts.{name}": f"shared_experts.{name}" for name in _GATED_MLP},
+    },
 )

@@ -64,9 +64,9 @@ class _Module:
 
     @property
     def short_name(self) -> str:
-        """The last part of the name: ``q_proj``, ``gate_up_proj``, ``gate.weight``."""
-        parts = self.name.split(".")
-        return ".".join(parts[-2:] if parts[-1] == "weight" else parts[-1:])
+        """The end of the name that tells the site: ``q_proj``, ``mlp.up_proj.weight``."""
+        parts = 1 + self.site.count(".") + self.name.endswith(".weight")
+        return ".".join(self.name.split(".")[-parts:])
 
     def tensor(self, factor: str) -> str:
         """The name of the tensor that holds factor A or B."""
@@ -94,9 +94,10 @@ def save_adapter(
     of them, they are stacked along the rank, and what does not belong together in B is zero, as
     PEFT itself does; smaller ranks are filled up with zeros, and so are experts without an update.
     ``per_expert`` has no such limits. A factor that several matrices share is written once for each
-    of them, unless gate and up share their A in ``peft_fused``. Dense layers are written in the
-    same way by both, but for the router, which is a parameter for transformers 5. Copies of base
-    weights are written as they are.
+    of them, unless gate and up share their A in ``peft_fused``. Linear layers are written in the
+    same way by both, but two kinds are parameters in ``peft_fused``: the router, which is one for
+    transformers 5, and linear layers that are called like projections of experts, because PEFT
+    takes a module of such a name for the experts. Copies of base weights are written as they are.
 
     Args:
         folder: must not exist, or be empty.
@@ -196,6 +197,8 @@ class _Writer:
         if target.site not in self.path_of_linear:
             _fail(target, "has no name in adapter files of this family of models")
         path = f"{self._layer(target.layer)}.{self.path_of_linear[target.site]}"
+        if layout == "peft_fused" and path.rpartition(".")[2] in self.names.projections:
+            return self._matrix(target, path, f"{path}.weight", None, is_parameter=True)
         return self._matrix(target, path, path, None)
 
     def _expert(self, target: Target) -> _Module:
@@ -379,7 +382,9 @@ def _pattern(
     """
     values_of: dict[str, set[int | float]] = defaultdict(set)
     for module, value in zip(modules, values, strict=True):
-        values_of[module.short_name].add(value)
+        parts = module.name.split(".")
+        for start in range(len(parts)):
+            values_of[".".join(parts[start:])].add(value)
     experts_of: dict[tuple[str, int | float], list[str]] = defaultdict(list)
     for module, value in zip(modules, values, strict=True):
         if value != default:

@@ -10,6 +10,7 @@ from flax import nnx
 from jax.typing import DTypeLike
 
 from moelora_jax.adapters.module_names import (
+    DEEPSEEK_NAMES,
     GPT_OSS_NAMES,
     MIXTRAL_NAMES,
     QWEN3_MOE_NAMES,
@@ -17,7 +18,7 @@ from moelora_jax.adapters.module_names import (
 )
 from moelora_jax.config import ModelConfig
 from moelora_jax.errors import CheckpointError
-from moelora_jax.models import gpt_oss, mixtral, olmoe, qwen3_moe
+from moelora_jax.models import deepseek_v2, deepseek_v3, gpt_oss, mixtral, olmoe, qwen3_moe
 from moelora_jax.models.checkpoint import (
     Parameter,
     is_orbax,
@@ -50,7 +51,7 @@ class ModelFamily:
         parameters: from the description to where each stacked parameter comes from.
         module_names: how adapters name the model's modules.
         ignored_tensors: shell-style patterns of tensors that a checkpoint may hold without being
-            used.
+            used; ``{num_layers}`` in them is the number of layers.
     """
 
     module: Callable[..., nnx.Module]
@@ -62,6 +63,8 @@ class ModelFamily:
 
 # Some old checkpoints hold what can be computed from the config.
 _ROTARY_FREQUENCIES = "model.layers.*.self_attn.rotary_emb.inv_freq"
+# The layer behind the last one, which predicts one more token; it is of use for speculation only.
+_NEXT_TOKENS = "model.layers.{num_layers}.*"
 
 #: By the entry of ``architectures`` in config.json.
 FAMILIES: dict[str, ModelFamily] = {
@@ -91,6 +94,20 @@ FAMILIES: dict[str, ModelFamily] = {
         read_config=gpt_oss.read_model_config,
         parameters=gpt_oss.checkpoint_parameters,
         module_names=GPT_OSS_NAMES,
+    ),
+    deepseek_v2.ARCHITECTURE: ModelFamily(
+        module=Decoder,
+        read_config=deepseek_v2.read_model_config,
+        parameters=deepseek_v2.checkpoint_parameters,
+        module_names=DEEPSEEK_NAMES,
+        ignored_tensors=(_ROTARY_FREQUENCIES,),
+    ),
+    deepseek_v3.ARCHITECTURE: ModelFamily(
+        module=Decoder,
+        read_config=deepseek_v3.read_model_config,
+        parameters=deepseek_v3.checkpoint_parameters,
+        module_names=DEEPSEEK_NAMES,
+        ignored_tensors=(_ROTARY_FREQUENCIES, _NEXT_TOKENS),
     ),
 }
 
@@ -144,7 +161,7 @@ def load_model(
     if is_orbax(folder):
         arrays = load_orbax(folder, parameters, dtype)
     else:
-        ignored = list(family.ignored_tensors)
+        ignored = [name.format(num_layers=config.num_layers) for name in family.ignored_tensors]
         if config.tie_embeddings:
             ignored.append("lm_head.weight")
         arrays = load_parameters(folder, parameters, dtype, ignore=ignored, progress=progress)

@@ -96,6 +96,7 @@ class Parameter:
         mxfp4_axes: the same for a checkpoint in MXFP4, where ``{name}_blocks`` and
             ``{name}_scales`` stand for a tensor; they are read where they are there, and never
             written. None if the model has no such checkpoints.
+        dtype: of the array; None is that of the model.
 
     Raises:
         ValueError: if an axis is empty, or the pieces overlap, or leave a gap, or ``axes`` or
@@ -106,6 +107,7 @@ class Parameter:
     pieces: Mapping[str, tuple[int, ...]]
     axes: Axes | None = None
     mxfp4_axes: Axes | None = None
+    dtype: DTypeLike | None = None
 
     def __post_init__(self) -> None:
         if not self.shape or min(self.shape) < 1:
@@ -122,6 +124,10 @@ class Parameter:
         for axes in (self.axes, self.mxfp4_axes):
             if axes is not None and sorted(_order(axes)) != list(range(len(self.piece_shape))):
                 raise ValueError(f"{axes} are not the axes of pieces of shape {self.piece_shape}")
+
+    def dtype_in(self, model: np.dtype) -> np.dtype:
+        """Dtype of the array in a model of that dtype."""
+        return model if self.dtype is None else _parameter_dtype(self.dtype)
 
     @property
     def piece_shape(self) -> tuple[int, ...]:
@@ -207,7 +213,8 @@ def load_parameters(
         progress: whether to show a progress bar on stderr.
 
     Returns:
-        For each parameter, in the order of the table, an array of its shape and of ``dtype``.
+        For each parameter, in the order of the table, an array of its shape, and of ``dtype``
+        unless it has one of its own.
 
     Raises:
         CheckpointError: if anything is missing, unexpected, misshapen, of an unsupported dtype,
@@ -233,7 +240,7 @@ def load_parameters(
             task = bar.add_task(title, total=_bytes_to_read(parameters, files))
             advance = functools.partial(bar.advance, task)
             return {
-                name: _load_parameter(parameter, target, files, advance)
+                name: _load_parameter(parameter, parameter.dtype_in(target), files, advance)
                 for name, parameter in parameters.items()
             }
 
@@ -263,7 +270,7 @@ def save_checkpoint(
         ValueError: if two parameters name the same tensor.
     """
     _check_table(parameters)
-    _check_arrays("the arrays to save", parameters, arrays, tuple(FLOAT_DTYPES.values()))
+    _check_arrays("the arrays to save", parameters, arrays, None)
 
     # Of which array each tensor is a part, and where.
     parts = {
@@ -340,7 +347,8 @@ def load_orbax(
         dtype: in which the parameters were saved. They are never cast.
 
     Returns:
-        For each parameter, in the order of the table, an array of its shape and of ``dtype``.
+        For each parameter, in the order of the table, an array of its shape, and of ``dtype``
+        unless it has one of its own.
 
     Raises:
         CheckpointError: if the folder is not such a checkpoint, is damaged, or its parameters have
@@ -360,10 +368,10 @@ def load_orbax(
         metadata = checkpointer.metadata(path).item_metadata
         if metadata is None or not isinstance(metadata.tree, dict):
             raise CheckpointError(f"{path}: not a readable orbax checkpoint of named arrays")
-        _check_arrays(path, parameters, metadata.tree, (target,))
+        _check_arrays(path, parameters, metadata.tree, target)
         device = jnp.zeros(()).sharding
         abstract = {
-            name: jax.ShapeDtypeStruct(parameter.shape, target, sharding=device)
+            name: jax.ShapeDtypeStruct(parameter.shape, parameter.dtype_in(target), sharding=device)
             for name, parameter in parameters.items()
         }
         with _damage_reported(path):
@@ -501,9 +509,12 @@ def _check_arrays(
     where: str | Path,
     parameters: Mapping[str, Parameter],
     arrays: Mapping[str, Any],
-    dtypes: Collection[np.dtype],
+    model_dtype: np.dtype | None,
 ) -> None:
-    """Compare names, shapes and dtypes of arrays, or of what stands for them, with the table."""
+    """Compare names, shapes and dtypes of arrays, or of what stands for them, with the table.
+
+    ``model_dtype`` None allows all dtypes that can be loaded.
+    """
     missing = [name for name in parameters if name not in arrays]
     if missing:
         raise CheckpointError(f"{where}: missing parameters: {_some(missing)}")
@@ -518,6 +529,9 @@ def _check_arrays(
             raise CheckpointError(
                 f"{where}: parameter {name!r} has shape {shape}, expected {parameter.shape}"
             )
+        dtypes = list(FLOAT_DTYPES.values())
+        if model_dtype is not None:
+            dtypes = [parameter.dtype_in(model_dtype)]
         if dtype not in dtypes:
             raise CheckpointError(
                 f"{where}: parameter {name!r} has dtype {dtype}, "

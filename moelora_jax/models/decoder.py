@@ -17,10 +17,11 @@ from jaxtyping import Float
 from moelora_jax.buckets import Batch
 from moelora_jax.config import ModelConfig
 from moelora_jax.models.checkpoint import Parameter, single, stacked
+from moelora_jax.models.latent_attention import LatentAttention
 from moelora_jax.models.layers import (
     Attention,
-    DenseMlp,
     Experts,
+    GatedMlp,
     Pages,
     Step,
     Taps,
@@ -52,10 +53,20 @@ class Decoder(nnx.Module):
         layers, hidden = config.num_layers, config.hidden_size
         self.embedding = random_param(rngs, (config.vocab_size, hidden), dtype)
         self.attention_norm = nnx.Param(jnp.ones((layers, hidden), dtype))
-        self.attention = Attention(config, dtype=dtype, rngs=rngs)
+        attention = Attention if config.latent is None else LatentAttention
+        self.attention = attention(config, dtype=dtype, rngs=rngs)
         self.feed_forward_norm = nnx.Param(jnp.ones((layers, hidden), dtype))
         self.experts = Experts(config, dtype=dtype, rngs=rngs) if config.moe_layers else None
-        self.mlp = DenseMlp(config, dtype=dtype, rngs=rngs) if config.dense_layers else None
+
+        def gated_mlp(prefix: str, layers: tuple[int, ...], inner: int) -> GatedMlp | None:
+            if not (layers and inner):
+                return None
+            return GatedMlp(prefix, len(layers), hidden, inner, dtype=dtype, rngs=rngs)
+
+        self.shared_experts = gated_mlp(
+            "shared_experts", config.moe_layers, config.shared_intermediate_size
+        )
+        self.mlp = gated_mlp("mlp", config.dense_layers, config.dense_intermediate_size)
         self.final_norm = nnx.Param(jnp.ones((hidden,), dtype))
         tied = config.tie_embeddings
         self.head = None if tied else random_param(rngs, (config.vocab_size, hidden), dtype)
@@ -147,9 +158,12 @@ class Decoder(nnx.Module):
         if is_moe:
             assert self.experts is not None
             index = layer - first + self.config.moe_layers.index(first)
-            return x + self.experts(normed, index, step)
+            y = self.experts(normed, index, step)
+            if self.shared_experts is not None:
+                y = y + self.shared_experts(normed, index, step)
+            return x + y
         assert self.mlp is not None
-        return x + self.mlp(normed, layer - first + self.config.dense_layers.index(first))
+        return x + self.mlp(normed, layer - first + self.config.dense_layers.index(first), step)
 
 
 def each_layer(shape: tuple[int, ...], name: str, layers: Sequence[int]) -> Parameter:
@@ -160,7 +174,6 @@ def each_layer(shape: tuple[int, ...], name: str, layers: Sequence[int]) -> Para
 def shared_parameters(config: ModelConfig) -> Iterator[tuple[str, Parameter]]:
     """What all models call alike: embedding, norms, head and attention."""
     hidden, layers = config.hidden_size, range(config.num_layers)
-    queries, keys = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
 
     yield "embedding", single((config.vocab_size, hidden), "model.embed_tokens.weight")
     yield "final_norm", single((hidden,), "model.norm.weight")
@@ -169,22 +182,48 @@ def shared_parameters(config: ModelConfig) -> Iterator[tuple[str, Parameter]]:
     yield "attention_norm", each_layer((hidden,), "input_layernorm.weight", layers)
     yield "feed_forward_norm", each_layer((hidden,), "post_attention_layernorm.weight", layers)
 
-    for name, out_features, in_features in (
-        ("q_proj", queries, hidden),
-        ("k_proj", keys, hidden),
-        ("v_proj", keys, hidden),
-        ("o_proj", hidden, queries),
-    ):
+    for name, in_features, out_features, bias in config.attention_projections():
         path, source = f"attention.{name}", f"self_attn.{name}"
         yield f"{path}.weight", each_layer((out_features, in_features), f"{source}.weight", layers)
-        if config.attention_bias:
+        if bias:
             yield f"{path}.bias", each_layer((out_features,), f"{source}.bias", layers)
-    if config.qk_norm is not None:
-        for name, projection in (("q_norm", queries), ("k_norm", keys)):
-            width = config.head_dim if config.qk_norm == "head" else projection
-            yield f"attention.{name}", each_layer((width,), f"self_attn.{name}.weight", layers)
+    for name, width in _attention_norms(config):
+        yield f"attention.{name}", each_layer((width,), f"self_attn.{name}.weight", layers)
     if config.attention_sinks:
         yield "attention.sinks", each_layer((config.num_heads,), "self_attn.sinks", layers)
+
+
+def _attention_norms(config: ModelConfig) -> Iterator[tuple[str, int]]:
+    """Names and widths of the norms inside of attention."""
+    if config.latent is not None:
+        if config.latent.query_rank is not None:
+            yield "q_a_layernorm", config.latent.query_rank
+        yield "kv_a_layernorm", config.latent.key_value_rank
+    elif config.qk_norm is not None:
+        for name, heads in (("q_norm", config.num_heads), ("k_norm", config.num_kv_heads)):
+            yield name, config.head_dim * (1 if config.qk_norm == "head" else heads)
+
+
+def gated_mlp_parameters(
+    path: str, block: str, layers: Sequence[int], hidden: int, inner: int
+) -> Iterator[tuple[str, Parameter]]:
+    """A gated MLP that some layers have; nothing if none has it.
+
+    Args:
+        path: of the MLP in the module.
+        block: path inside a layer of a checkpoint.
+        layers: the layers that have it.
+        hidden: width of the residual stream.
+        inner: width inside; 0 if no layer has it.
+    """
+    if not (layers and inner):
+        return
+    for name, shape in (
+        ("gate_proj", (inner, hidden)),
+        ("up_proj", (inner, hidden)),
+        ("down_proj", (hidden, inner)),
+    ):
+        yield f"{path}.{name}.weight", each_layer(shape, f"{block}.{name}.weight", layers)
 
 
 def per_expert_parameters(

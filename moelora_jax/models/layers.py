@@ -180,12 +180,20 @@ def rms_norm(
 def rotate(
     x: Float[Array, "tokens heads head_dim"], positions: Int32[Array, " tokens"], rope: RopeConfig
 ) -> Float[Array, "tokens heads head_dim"]:
-    """Rotary position embedding, in float32, of pairs half a head apart as in transformers."""
+    """Rotary position embedding, in float32.
+
+    The first features of all pairs come first in the result, interleaved or not: queries and keys
+    are reordered alike, which changes no score.
+    """
     angle = positions.astype(jnp.float32)[:, None, None] * rope_frequencies(rope, x.shape[-1])
     cos, sin = jnp.cos(angle), jnp.sin(angle)
     if rope.yarn is not None:
         cos, sin = cos * rope.yarn.attention_factor, sin * rope.yarn.attention_factor
-    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    values = x.astype(jnp.float32)
+    if rope.interleaved:
+        first, second = values[..., 0::2], values[..., 1::2]
+    else:
+        first, second = jnp.split(values, 2, axis=-1)
     rotated = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
     return rotated.astype(x.dtype)
 
@@ -242,6 +250,63 @@ class LinearStack(nnx.Module):
         return add_lora(y, x, self.site, layer, step)
 
 
+def attention_projections(
+    config: ModelConfig, *, dtype: DTypeLike, rngs: nnx.Rngs
+) -> dict[str, LinearStack]:
+    """The linear maps of attention in every layer, by name."""
+    return {
+        name: LinearStack(
+            name, config.num_layers, in_features, out_features, bias=bias, dtype=dtype, rngs=rngs
+        )
+        for name, in_features, out_features, bias in config.attention_projections()
+    }
+
+
+def attend(
+    query: Float[Array, "tokens heads head_dim"],
+    key: Float[Array, "tokens kv_heads head_dim"],
+    value: Float[Array, "tokens kv_heads value_dim"],
+    layer: Array,
+    step: Step,
+    *,
+    scale: float,
+    window: Array | None = None,
+    sinks: Array | None = None,
+) -> Float[Array, "tokens out"]:
+    """Write keys and values to the cache, and attend to the cached positions, these included.
+
+    Args:
+        query: of each token.
+        key: likewise.
+        value: likewise.
+        layer: the model's layer index.
+        step: the batch.
+        scale: factor on the scores.
+        window: see :func:`moelora_kernels.paged_attention`.
+        sinks: likewise.
+
+    Returns:
+        The heads of each token, one after another.
+    """
+    keys, values = step.cache
+    write_cache(keys, key, layer, step.block_of_token, step.offset_of_token)
+    write_cache(values, value, layer, step.block_of_token, step.offset_of_token)
+    attended = paged_attention(
+        query,
+        keys,
+        values,
+        layer,
+        step.batch.block_table,
+        step.batch.positions,
+        step.query_tiles,
+        tile_rows=step.query_tile_rows,
+        scale=scale,
+        window=window,
+        sinks=sinks,
+    )
+    return attended.reshape(query.shape[0], -1)
+
+
 class Attention(nnx.Module):
     """Grouped-query attention of every layer, with rotary positions and what the config asks for.
 
@@ -253,32 +318,21 @@ class Attention(nnx.Module):
 
     def __init__(self, config: ModelConfig, *, dtype: DTypeLike, rngs: nnx.Rngs) -> None:
         self.config = config
-        layers, hidden = config.num_layers, config.hidden_size
-        queries, keys = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
+        layers = config.num_layers
 
-        def projection(site: str, in_features: int, out_features: int) -> LinearStack:
-            return LinearStack(
-                site,
-                layers,
-                in_features,
-                out_features,
-                bias=config.attention_bias,
-                dtype=dtype,
-                rngs=rngs,
-            )
-
-        def norm(projection_width: int) -> nnx.Param[Array] | None:
+        def norm(projection: LinearStack) -> nnx.Param[Array] | None:
             if config.qk_norm is None:
                 return None
-            width = config.head_dim if config.qk_norm == "head" else projection_width
+            width = config.head_dim if config.qk_norm == "head" else projection.weight.shape[1]
             return nnx.Param(jnp.ones((layers, width), dtype))
 
-        self.q_proj = projection("q_proj", hidden, queries)
-        self.k_proj = projection("k_proj", hidden, keys)
-        self.v_proj = projection("v_proj", hidden, keys)
-        self.o_proj = projection("o_proj", queries, hidden)
-        self.q_norm = norm(queries)
-        self.k_norm = norm(keys)
+        projections = attention_projections(config, dtype=dtype, rngs=rngs)
+        self.q_proj = projections["q_proj"]
+        self.k_proj = projections["k_proj"]
+        self.v_proj = projections["v_proj"]
+        self.o_proj = projections["o_proj"]
+        self.q_norm = norm(self.q_proj)
+        self.k_norm = norm(self.k_proj)
         sinks = nnx.Param(jnp.zeros((layers, config.num_heads), dtype))
         self.sinks = sinks if config.attention_sinks else None
 
@@ -287,27 +341,17 @@ class Attention(nnx.Module):
         config, positions = self.config, step.batch.positions
         query = self._heads(self.q_proj(x, layer, step), self.q_norm, layer)
         key = self._heads(self.k_proj(x, layer, step), self.k_norm, layer)
-        value = self._heads(self.v_proj(x, layer, step), None, layer)
-        query = rotate(query, positions, config.rope)
-        key = rotate(key, positions, config.rope)
-
-        keys, values = step.cache
-        write_cache(keys, key, layer, step.block_of_token, step.offset_of_token)
-        write_cache(values, value, layer, step.block_of_token, step.offset_of_token)
-        attended = paged_attention(
-            query,
-            keys,
-            values,
+        attended = attend(
+            rotate(query, positions, config.rope),
+            rotate(key, positions, config.rope),
+            self._heads(self.v_proj(x, layer, step), None, layer),
             layer,
-            step.batch.block_table,
-            positions,
-            step.query_tiles,
-            tile_rows=step.query_tile_rows,
+            step,
             scale=config.head_dim**-0.5,
             window=self._window(layer),
             sinks=None if self.sinks is None else self.sinks[layer],
         )
-        return self.o_proj(attended.reshape(x.shape[0], -1), layer, step)
+        return self.o_proj(attended, layer, step)
 
     def _heads(
         self, y: Float[Array, "tokens out"], norm: nnx.Param[Array] | None, layer: Array
@@ -330,26 +374,39 @@ class Attention(nnx.Module):
         return jnp.asarray(windows)[layer]
 
 
-class DenseMlp(nnx.Module):
-    """The gated MLP of the layers that have no routed experts.
+class GatedMlp(nnx.Module):
+    """A gated MLP for all tokens, in some layers: a dense one, or the experts that all share.
 
-    Attributes:
-        gate_proj: ``[dense layers, intermediate, hidden]``; likewise ``up_proj``.
-        down_proj: ``[dense layers, hidden, intermediate]``.
+    Args:
+        prefix: of the names of its sites.
+        layers: how many layers have it.
+        hidden: width of the residual stream.
+        inner: width inside.
     """
 
-    def __init__(self, config: ModelConfig, *, dtype: DTypeLike, rngs: nnx.Rngs) -> None:
-        layers = len(config.dense_layers)
-        hidden, inner = config.hidden_size, config.dense_intermediate_size
-        self.gate_proj = random_param(rngs, (layers, inner, hidden), dtype)
-        self.up_proj = random_param(rngs, (layers, inner, hidden), dtype)
-        self.down_proj = random_param(rngs, (layers, hidden, inner), dtype)
+    def __init__(
+        self,
+        prefix: str,
+        layers: int,
+        hidden: int,
+        inner: int,
+        *,
+        dtype: DTypeLike,
+        rngs: nnx.Rngs,
+    ) -> None:
+        def projection(name: str, in_features: int, out_features: int) -> LinearStack:
+            site = f"{prefix}.{name}"
+            return LinearStack(site, layers, in_features, out_features, dtype=dtype, rngs=rngs)
 
-    def __call__(self, x: Float[Array, "tokens hidden"], index: Array) -> Array:
-        """The MLP of the ``index``-th dense layer."""
-        gate = linear(x, self.gate_proj[index])
-        hidden = jax.nn.silu(gate) * linear(x, self.up_proj[index])
-        return linear(hidden, self.down_proj[index])
+        self.gate_proj = projection("gate_proj", hidden, inner)
+        self.up_proj = projection("up_proj", hidden, inner)
+        self.down_proj = projection("down_proj", inner, hidden)
+
+    def __call__(self, x: Float[Array, "tokens hidden"], index: Array, step: Step) -> Array:
+        """The MLP of the ``index``-th layer that has it."""
+        gate = self.gate_proj(x, index, step)
+        hidden = jax.nn.silu(gate) * self.up_proj(x, index, step)
+        return self.down_proj(hidden, index, step)
 
 
 class Experts(nnx.Module):
@@ -358,6 +415,7 @@ class Experts(nnx.Module):
     Attributes:
         router: ``[moe layers, experts, hidden]``.
         router_bias: ``[moe layers, experts]``; None where the model has none; so are the others.
+        correction_bias: float32 ``[moe layers, experts]``.
         gate_up: ``[moe layers, experts, 2, intermediate, hidden]``; index 0 is gate, 1 is up.
         gate_up_bias: ``[moe layers, experts, 2, intermediate]``.
         down: ``[moe layers, experts, hidden, intermediate]``.
@@ -374,6 +432,9 @@ class Experts(nnx.Module):
 
         self.router = random_param(rngs, (layers, experts, hidden), dtype)
         self.router_bias = bias(config.moe.router_bias)
+        # The choice among scores that are close to each other needs more than bfloat16.
+        correction_bias = nnx.Param(jnp.zeros((layers, experts), jnp.float32))
+        self.correction_bias = correction_bias if config.moe.correction_bias else None
         self.gate_up = random_param(rngs, (layers, experts, 2, inner, hidden), dtype)
         self.gate_up_bias = bias(config.moe.expert_bias, 2, inner)
         self.down = random_param(rngs, (layers, experts, hidden, inner), dtype)
@@ -421,6 +482,7 @@ class Experts(nnx.Module):
             gate_up=self.gate_up[...],
             down=self.down[...],
             router_bias=values(self.router_bias),
+            correction_bias=values(self.correction_bias),
             gate_up_bias=values(self.gate_up_bias),
             down_bias=values(self.down_bias),
         )

@@ -119,7 +119,8 @@ def read_rope(values: Mapping[str, Any]) -> RopeConfig:
     if unknown:
         raise CheckpointError(f"config.json: {', '.join(unknown)} of rope_type {kind!r} unknown")
     theta = float(rope.get("rope_theta", values["rope_theta"]))
-    return RopeConfig(theta, None if kind == "default" else _read_yarn(rope, values))
+    yarn = None if kind == "default" else _read_yarn(rope, values)
+    return RopeConfig(theta, yarn, interleaved=bool(values.get("rope_interleave", False)))
 
 
 def _read_yarn(rope: Mapping[str, Any], values: Mapping[str, Any]) -> YarnScaling:
@@ -140,6 +141,7 @@ def _read_yarn(rope: Mapping[str, Any], values: Mapping[str, Any]) -> YarnScalin
         beta_fast=float(rope.get("beta_fast", 32)),
         beta_slow=float(rope.get("beta_slow", 1)),
         truncate=bool(rope.get("truncate", True)),
+        score_factor=_growth(factor, float(rope.get("mscale_all_dim", 0))) ** 2,
     )
 
 

@@ -5,7 +5,11 @@ from typing import Any
 
 from moelora_jax.config import ModelConfig, MoeConfig
 from moelora_jax.models.checkpoint import Parameter
-from moelora_jax.models.decoder import each_layer, per_expert_parameters, shared_parameters
+from moelora_jax.models.decoder import (
+    gated_mlp_parameters,
+    per_expert_parameters,
+    shared_parameters,
+)
 from moelora_jax.models.model_config import (
     known_values,
     read_decoder_config,
@@ -67,14 +71,8 @@ def checkpoint_parameters(config: ModelConfig) -> dict[str, Parameter]:
 
 def _parameters(config: ModelConfig) -> Iterator[tuple[str, Parameter]]:
     yield from shared_parameters(config)
-    if config.dense_layers:
-        dense, hidden, inner = (
-            config.dense_layers,
-            config.hidden_size,
-            config.dense_intermediate_size,
-        )
-        yield "mlp.gate_proj", each_layer((inner, hidden), "mlp.gate_proj.weight", dense)
-        yield "mlp.up_proj", each_layer((inner, hidden), "mlp.up_proj.weight", dense)
-        yield "mlp.down_proj", each_layer((hidden, inner), "mlp.down_proj.weight", dense)
+    yield from gated_mlp_parameters(
+        "mlp", "mlp", config.dense_layers, config.hidden_size, config.dense_intermediate_size
+    )
     if config.moe_layers:
         yield from per_expert_parameters(config, "mlp", "gate_proj", "up_proj", "down_proj")
