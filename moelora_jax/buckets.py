@@ -328,6 +328,12 @@ class Programs:
             self.compile([key])
         return self._compiled[key]
 
+    @property
+    def temporary_bytes(self) -> int:
+        """The most that one of the compiled programs needs besides its arguments and results."""
+        analyses = (program.memory_analysis() for program in self._compiled.values())
+        return max((a.temp_size_in_bytes for a in analyses if a is not None), default=0)
+
     def __contains__(self, key: ProgramKey) -> bool:
         return key in self._compiled
 

@@ -112,7 +112,7 @@ def num_bytes(tree: object) -> int:
 
 @dataclass(frozen=True)
 class MemoryPlan:
-    """Bytes on the device that live as long as the model is served.
+    """Bytes on the device while the model is served.
 
     Attributes:
         weights: parameters of the base model.
@@ -121,6 +121,7 @@ class MemoryPlan:
             embedding and the head; 0 where these sites are not enabled.
         adapter_tables: page tables and scaling.
         workspaces: intermediates of the largest bucket.
+        temporaries: the most that one program needs besides, while it runs.
         kv_cache: keys and values.
     """
 
@@ -129,6 +130,7 @@ class MemoryPlan:
     vocabulary_pages: int
     adapter_tables: int
     workspaces: int
+    temporaries: int
     kv_cache: int
 
     @property

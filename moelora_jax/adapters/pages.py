@@ -201,6 +201,24 @@ def pool_pages(sites: Iterable[LoraSite], lora: LoraConfig) -> dict[int, int]:
     return {width: count * pages_per_factor for width, count in factors_by_width(sites).items()}
 
 
+def pool_bytes(
+    sites: Sequence[LoraSite], lora: LoraConfig, dtype: DTypeLike
+) -> tuple[dict[int, int], int]:
+    """What a :class:`PagePool` will allocate on the device.
+
+    Returns:
+        Bytes of the pool of each width, and of all page tables and scalings.
+    """
+    enabled = lora.select(tuple(sites))
+    page = PAGE_ROWS * jnp.dtype(dtype).itemsize
+    pools = {width: count * width * page for width, count in pool_pages(enabled, lora).items()}
+    entries = (
+        len(site.layers) * lora.max_adapters * site.table_experts * (2 * lora.max_pages + 1)
+        for site in enabled
+    )
+    return pools, sum(entries) * np.dtype(np.int32).itemsize
+
+
 class PagePool:
     """The pages and page tables of all resident adapters, at fixed addresses on the device.
 

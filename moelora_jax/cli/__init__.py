@@ -6,7 +6,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from moelora_jax.cli import convert, demo, generate, inspect, score, serve
+from moelora_jax.cli import convert, demo, generate, inspect, plan, score, serve
 from moelora_jax.errors import MoeLoraError
 
 __all__ = ["app"]
@@ -113,6 +113,13 @@ app.command(
         --layout peft_fused
 """
 )(convert.convert)
+app.command(
+    epilog="""**Examples**
+
+    moelora plan --model qwen --gpu-memory 141GB
+    moelora plan --model qwen --gpu-memory 80GiB --max-adapters 16 --max-running 128
+"""
+)(plan.plan)
 app.command(
     epilog="""**Examples**
 

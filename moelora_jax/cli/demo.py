@@ -22,7 +22,7 @@ from moelora_jax.cli.demo_files import (
     write_demo,
 )
 from moelora_jax.cli.limits import derive_runtime
-from moelora_jax.cli.output import format_bytes, make_table, progress_bar, stdout
+from moelora_jax.cli.output import make_table, print_memory, progress_bar, stdout
 from moelora_jax.cli.rows import read_rows
 from moelora_jax.engine.llm import LLM, Completion, Prompt
 from moelora_jax.engine.sampling import Sampling
@@ -117,7 +117,7 @@ def _run(folder: Path, rows: int, max_new_tokens: int, batches: int, seed: int) 
         f"{count} tokens in {seconds * 1000:.0f} ms: {count / seconds:,.0f} tokens/s, "
         "prompts included\n"
     )
-    _print_memory(llm)
+    print_memory(stdout(), llm.memory_plan(), "Device memory")
     _print_proofs(proofs)
     return all(proof.holds for proof in proofs)
 
@@ -252,16 +252,6 @@ def _print_completions(llm: LLM, prompts: list[Prompt], completions: list[Comple
             str(len(prompt.tokens)),
             " ".join(map(str, completion.tokens)),
         )
-    stdout().print(table)
-
-
-def _print_memory(llm: LLM) -> None:
-    table = make_table("Device memory", "what", "bytes", "", numbers=("bytes", ""))
-    plan = llm.memory_plan()
-    for name, size in plan:
-        table.add_row(_words(name), f"{size:,}", format_bytes(size))
-    table.add_section()
-    table.add_row("total", f"{plan.total:,}", format_bytes(plan.total))
     stdout().print(table)
 
 

@@ -10,6 +10,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from moelora_jax.errors import RequestError
+from moelora_jax.workspace import MemoryPlan
 
 
 def stdout() -> Console:
@@ -39,6 +40,23 @@ def make_table(title: str, *columns: str, numbers: Collection[str] = ()) -> Tabl
     for column in columns:
         table.add_column(column, justify="right" if column in numbers else "left", overflow="fold")
     return table
+
+
+def print_memory(
+    console: Console, plan: MemoryPlan, title: str, *, budget: int | None = None
+) -> None:
+    """A table of what device memory is for, without what is not there, and what is left."""
+    table = make_table(title, "what", "bytes", "", numbers=("bytes", ""))
+    for name, size in plan:
+        if size:
+            words = name.replace("_", " ").replace("kv", "KV")
+            table.add_row(words, f"{size:,}", format_bytes(size))
+    table.add_section()
+    table.add_row("total", f"{plan.total:,}", format_bytes(plan.total))
+    if budget is not None:
+        left = budget - plan.total
+        table.add_row("left", f"{left:,}", format_bytes(left))
+    console.print(table)
 
 
 def check_output(path: Path) -> None:

@@ -1,6 +1,7 @@
 """``moelora serve``."""
 
 import asyncio
+import os
 from ipaddress import ip_address
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -17,9 +18,24 @@ from moelora_jax.cli.options import (
     ModelOption,
     parse_adapters,
 )
-from moelora_jax.config import BucketConfig, CacheConfig, LoraConfig, ModelConfig, RuntimeConfig
+from moelora_jax.cli.output import print_memory, stderr
+from moelora_jax.cli.sizes import (
+    KvBlocksOption,
+    MaxAdaptersOption,
+    MaxBatchTokensOption,
+    MaxLengthOption,
+    MaxRankOption,
+    MaxRunningOption,
+    MemoryFractionOption,
+    PoolRankOption,
+    compute_dtype,
+    device_memory,
+    serving_runtime,
+)
+from moelora_jax.config import RuntimeConfig
 from moelora_jax.engine.async_engine import AsyncEngine
 from moelora_jax.engine.llm import LLM
+from moelora_jax.engine.memory import fit_cache
 from moelora_jax.errors import MoeLoraError
 from moelora_jax.models import read_model_config
 
@@ -29,7 +45,6 @@ if TYPE_CHECKING:
 _ADDRESS = "Address and names"
 _ACCESS = "Access"
 _REQUESTS = "Limits of requests"
-_SIZES = "Sizes (they decide the device memory that is used)"
 
 
 def serve(
@@ -97,15 +112,7 @@ def serve(
     max_body_bytes: Annotated[
         int, typer.Option(min=1, rich_help_panel=_REQUESTS, help="Of the body of a request.")
     ] = 4 * 2**20,
-    max_length: Annotated[
-        int | None,
-        typer.Option(
-            min=2,
-            rich_help_panel=_REQUESTS,
-            help="Tokens of a prompt and its completion; those that the model was made for, but at "
-            "most 4096, unless given.",
-        ),
-    ] = None,
+    max_length: MaxLengthOption = None,
     max_waiting: Annotated[
         int,
         typer.Option(
@@ -126,44 +133,13 @@ def serve(
             help="Seconds that running requests have to finish after SIGTERM.",
         ),
     ] = 30.0,
-    max_running: Annotated[
-        int, typer.Option(min=1, rich_help_panel=_SIZES, help="Completions that run at once.")
-    ] = 32,
-    max_batch_tokens: Annotated[
-        int,
-        typer.Option(
-            min=1, rich_help_panel=_SIZES, help="Prompt tokens that run at once; longer is cut up."
-        ),
-    ] = 1024,
-    kv_blocks: Annotated[
-        int | None,
-        typer.Option(
-            min=2,
-            rich_help_panel=_SIZES,
-            help="Blocks of 16 positions in the cache; room for --max-running completions of "
-            "--max-length unless given.",
-        ),
-    ] = None,
-    max_adapters: Annotated[
-        int | None,
-        typer.Option(
-            min=1,
-            rich_help_panel=_SIZES,
-            help="Adapters on the device at once, 8 or as many as are given; more wait in host "
-            "memory.",
-        ),
-    ] = None,
-    max_rank: Annotated[
-        int, typer.Option(min=1, rich_help_panel=_SIZES, help="Largest rank of an adapter.")
-    ] = 64,
-    pool_rank: Annotated[
-        int,
-        typer.Option(
-            min=1,
-            rich_help_panel=_SIZES,
-            help="Rank at which --max-adapters adapters that change everything fit.",
-        ),
-    ] = 16,
+    max_running: MaxRunningOption = 32,
+    max_batch_tokens: MaxBatchTokensOption = 1024,
+    kv_blocks: KvBlocksOption = None,
+    memory_fraction: MemoryFractionOption = 0.9,
+    max_adapters: MaxAdaptersOption = None,
+    max_rank: MaxRankOption = 64,
+    pool_rank: PoolRankOption = 16,
 ) -> None:
     """Serve a model and its adapters with the OpenAI API, until a signal.
 
@@ -191,10 +167,12 @@ def serve(
     family, config = read_model_config(model)
     text_model = TextModel.load(model, config.eos_tokens, chat_template=chat_template)
     loaded = read_adapters(folders, config.lora_sites(), family)
-    runtime = _runtime(
+    # JAX reads this when it first uses a GPU; what the user has set stays.
+    os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", str(memory_fraction))
+    runtime = serving_runtime(
         config,
         with_lora=bool(folders) or root is not None,
-        max_length=max_length or min(config.max_position, 4096),
+        max_length=max_length,
         max_running=max_running,
         max_batch_tokens=max_batch_tokens,
         kv_blocks=kv_blocks,
@@ -202,11 +180,15 @@ def serve(
         max_rank=max_rank,
         pool_rank=pool_rank,
     )
+    budget = device_memory()
+    if budget is not None:
+        runtime = fit_cache(family, config, runtime, compute_dtype(dtype), budget)
     use_compilation_cache()
     llm = _load(model, runtime, dtype)
     for each in list(loaded):
         llm.load_adapter(each, loaded.pop(each))
     typer.echo(f"Ready: {llm.warm_up(progress=True)}", err=True)
+    print_memory(stderr(), llm.memory_plan(), "Device memory")
 
     engine = AsyncEngine(llm, max_waiting=max_waiting)
     service = app.Service(
@@ -244,41 +226,6 @@ def _keys(api_keys: list[str], file: Path | None, admin_key: str | None) -> "Key
             raise MoeLoraError("a key must not be empty, nor begin or end with a space")
     given = [Key(digest(key)) for key in api_keys]
     return Keys([*given, *([] if file is None else read_keys(file))], admin_key)
-
-
-def _runtime(
-    config: ModelConfig,
-    *,
-    with_lora: bool,
-    max_length: int,
-    max_running: int,
-    max_batch_tokens: int,
-    kv_blocks: int | None,
-    max_adapters: int,
-    max_rank: int,
-    pool_rank: int,
-) -> RuntimeConfig:
-    return RuntimeConfig(
-        lora=LoraConfig(
-            max_adapters=max_adapters,
-            max_rank=max_rank,
-            pool_rank=pool_rank,
-            sites=None if with_lora else (),
-        ),
-        buckets=BucketConfig(
-            decode=_sizes(1, max_running, 2), prefill=_sizes(64, max_batch_tokens, 4)
-        ),
-        cache=CacheConfig(max_length=max_length, num_blocks=kv_blocks),
-    )
-
-
-def _sizes(smallest: int, largest: int, factor: int) -> tuple[int, ...]:
-    """Bucket sizes, each ``factor`` times the one before, up to the largest."""
-    sizes = []
-    while smallest < largest:
-        sizes.append(smallest)
-        smallest *= factor
-    return (*sizes, largest)
 
 
 def _is_loopback(host: str) -> bool:

@@ -108,7 +108,7 @@ class Runner:
             self.state = allocate(self._state_shapes)
 
     def memory_plan(self) -> MemoryPlan:
-        """Bytes on the device, by what they are for."""
+        """Bytes on the device, by what they are for, as allocated and compiled so far."""
         pools = {pool.width: pool.total_bytes for pool in self.pool.usage()}
         vocabulary_pages = pools.pop(self.config.vocab_size, 0)
         return MemoryPlan(
@@ -117,6 +117,7 @@ class Runner:
             vocabulary_pages=vocabulary_pages,
             adapter_tables=self.pool.table_bytes,
             workspaces=num_bytes((self.state.workspace, self.state.sampled)),
+            temporaries=self.programs.temporary_bytes,
             kv_cache=num_bytes(self.state.cache),
         )
 

@@ -1,0 +1,116 @@
+"""The sizes of a server: options that ``serve`` and ``plan`` share, and what they come to."""
+
+from typing import Annotated
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import typer
+
+from moelora_jax.cli.options import Dtype
+from moelora_jax.config import BucketConfig, CacheConfig, LoraConfig, ModelConfig, RuntimeConfig
+
+_SIZES = "Sizes (they decide the device memory that is used)"
+
+MaxLengthOption = Annotated[
+    int | None,
+    typer.Option(
+        min=2,
+        rich_help_panel=_SIZES,
+        help="Tokens of a prompt and its completion; those that the model was made for, but at "
+        "most 4096, unless given.",
+    ),
+]
+MaxRunningOption = Annotated[
+    int, typer.Option(min=1, rich_help_panel=_SIZES, help="Completions that run at once.")
+]
+MaxBatchTokensOption = Annotated[
+    int,
+    typer.Option(
+        min=1, rich_help_panel=_SIZES, help="Prompt tokens that run at once; longer is cut up."
+    ),
+]
+KvBlocksOption = Annotated[
+    int | None,
+    typer.Option(
+        min=2,
+        rich_help_panel=_SIZES,
+        help="Blocks of 16 positions in the cache, at most; what the memory has room for, and "
+        "--max-running completions of --max-length need, unless given.",
+    ),
+]
+MemoryFractionOption = Annotated[
+    float,
+    typer.Option(
+        min=0.01, max=1.0, rich_help_panel=_SIZES, help="Share of the GPU's memory to use."
+    ),
+]
+MaxAdaptersOption = Annotated[
+    int | None,
+    typer.Option(
+        min=1,
+        rich_help_panel=_SIZES,
+        help="Adapters on the device at once, 8 or as many as are given; more wait in host memory.",
+    ),
+]
+MaxRankOption = Annotated[
+    int, typer.Option(min=1, rich_help_panel=_SIZES, help="Largest rank of an adapter.")
+]
+PoolRankOption = Annotated[
+    int,
+    typer.Option(
+        min=1,
+        rich_help_panel=_SIZES,
+        help="Rank at which --max-adapters adapters that change everything fit.",
+    ),
+]
+
+
+def serving_runtime(
+    config: ModelConfig,
+    *,
+    with_lora: bool,
+    max_length: int | None,
+    max_running: int,
+    max_batch_tokens: int,
+    kv_blocks: int | None,
+    max_adapters: int,
+    max_rank: int,
+    pool_rank: int,
+) -> RuntimeConfig:
+    """What the options of a server come to."""
+    return RuntimeConfig(
+        lora=LoraConfig(
+            max_adapters=max_adapters,
+            max_rank=max_rank,
+            pool_rank=pool_rank,
+            sites=None if with_lora else (),
+        ),
+        buckets=BucketConfig(
+            decode=_sizes(1, max_running, 2), prefill=_sizes(64, max_batch_tokens, 4)
+        ),
+        cache=CacheConfig(
+            max_length=max_length or min(config.max_position, 4096), num_blocks=kv_blocks
+        ),
+    )
+
+
+def _sizes(smallest: int, largest: int, factor: int) -> tuple[int, ...]:
+    """Bucket sizes, each ``factor`` times the one before, up to the largest."""
+    sizes = []
+    while smallest < largest:
+        sizes.append(smallest)
+        smallest *= factor
+    return (*sizes, largest)
+
+
+def compute_dtype(dtype: Dtype | None) -> np.dtype:
+    """The dtype of an option; unless given, float32 on a CPU and bfloat16 elsewhere."""
+    if dtype is not None:
+        return dtype.numpy
+    return jnp.dtype(jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16)
+
+
+def device_memory() -> int | None:
+    """Bytes that JAX may use on the device; None on a CPU, where there is no limit."""
+    return (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit")
