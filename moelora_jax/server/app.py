@@ -171,7 +171,7 @@ class Service:
                     "already_loaded",
                     param="lora_name",
                 )
-            await self.engine.load_adapter(name, folder, layout=request.layout, pin=request.pin)
+            await self.engine.load_adapter(name, folder, layout=request.layout)
         _log.info("loaded adapter %r from %s", name, folder)
         return f"Success: LoRA adapter '{name}' added successfully."
 
@@ -254,11 +254,7 @@ def create_app(service: Service) -> FastAPI:
         service: whose engine is started and stopped by the caller.
     """
     # No pages of its own: they would load scripts from elsewhere.
-    app = FastAPI(
-        title="moelora-jax",
-        openapi_url=None,
-        max_body_size=service.config.max_body_bytes,
-    )
+    app = FastAPI(title="moelora-jax", openapi_url=None)
     keys = service.config.keys
 
     def client_key(request: Request) -> Key:
@@ -267,13 +263,16 @@ def create_app(service: Service) -> FastAPI:
     def admin_key(request: Request) -> None:
         keys.admin(request.headers.get("authorization"))
 
+    def body[Schema: BaseModel](schema: type[Schema]) -> Any:
+        return Depends(_body(schema, service.config.max_body_bytes))
+
     Client = Annotated[Key, Depends(client_key)]
 
     @app.post("/v1/completions")
     async def completions(
         key: Client,
         http: Request,
-        request: Annotated[CompletionRequest, Depends(_body(CompletionRequest))],
+        request: Annotated[CompletionRequest, body(CompletionRequest)],
     ) -> Response:
         return await _respond(service, http, service.completion(request, key))
 
@@ -281,7 +280,7 @@ def create_app(service: Service) -> FastAPI:
     async def chat_completions(
         key: Client,
         http: Request,
-        request: Annotated[ChatCompletionRequest, Depends(_body(ChatCompletionRequest))],
+        request: Annotated[ChatCompletionRequest, body(ChatCompletionRequest)],
     ) -> Response:
         return await _respond(service, http, service.chat(request, key))
 
@@ -298,13 +297,13 @@ def create_app(service: Service) -> FastAPI:
 
     @app.post("/v1/load_lora_adapter", dependencies=[Depends(admin_key)])
     async def load_adapter(
-        request: Annotated[LoadAdapterRequest, Depends(_body(LoadAdapterRequest))],
+        request: Annotated[LoadAdapterRequest, body(LoadAdapterRequest)],
     ) -> Response:
         return PlainTextResponse(await service.load_adapter(request))
 
     @app.post("/v1/unload_lora_adapter", dependencies=[Depends(admin_key)])
     async def unload_adapter(
-        request: Annotated[UnloadAdapterRequest, Depends(_body(UnloadAdapterRequest))],
+        request: Annotated[UnloadAdapterRequest, body(UnloadAdapterRequest)],
     ) -> Response:
         return PlainTextResponse(await service.unload_adapter(request))
 
@@ -336,7 +335,9 @@ def create_app(service: Service) -> FastAPI:
     return app
 
 
-def _body[Schema: BaseModel](schema: type[Schema]) -> Callable[[Request], Awaitable[Schema]]:
+def _body[Schema: BaseModel](
+    schema: type[Schema], max_bytes: int
+) -> Callable[[Request], Awaitable[Schema]]:
     """A dependency that reads the body. Those before it ran, so a stranger's body is not read."""
 
     async def read(request: Request) -> Schema:
@@ -346,8 +347,19 @@ def _body[Schema: BaseModel](schema: type[Schema]) -> Callable[[Request], Awaita
             raise ApiError(
                 415, "send JSON, with Content-Type: application/json", "unsupported_media_type"
             )
+        data = bytearray()
+        async for chunk in request.stream():
+            data += chunk
+            if len(data) > max_bytes:
+                raise ApiError(
+                    413,
+                    f"the body has more than the {max_bytes} bytes that this server allows",
+                    "body_too_large",
+                    # What was not read must not be taken for the next request.
+                    headers={"Connection": "close"},
+                )
         try:
-            return schema.model_validate_json(await request.body())
+            return schema.model_validate_json(bytes(data))
         except ValidationError as error:
             raise _invalid(error) from error
 
@@ -415,7 +427,7 @@ async def _answer_error(_request: Request, error: Exception) -> Response:
     if isinstance(error, MoeLoraError):
         error = api_error(error)
     elif isinstance(error, HTTPException):
-        codes = {404: "not_found", 405: "method_not_allowed", 413: "body_too_large"}
+        codes = {404: "not_found", 405: "method_not_allowed"}
         code = codes.get(error.status_code, "http_error")
         error = ApiError(error.status_code, str(error.detail), code)
     elif not isinstance(error, ApiError):

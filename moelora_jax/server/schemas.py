@@ -208,7 +208,7 @@ class ChatCompletionRequest(GenerationRequest):
 
 
 class LoadAdapterRequest(BaseModel):
-    """``/v1/load_lora_adapter``, as vLLM has it, with ``layout`` and ``pin``."""
+    """``/v1/load_lora_adapter``, as vLLM has it, and the layout of experts where it is in doubt."""
 
     model_config = ConfigDict(extra="forbid", strict=True)
 
@@ -216,7 +216,6 @@ class LoadAdapterRequest(BaseModel):
     lora_path: Annotated[str, Field(min_length=1)]
     load_inplace: bool = False
     layout: str | None = None
-    pin: bool = False
 
 
 class UnloadAdapterRequest(BaseModel):
