@@ -266,6 +266,66 @@ def test_stop_strings_across_tokens(server: Served, client: OpenAI) -> None:
     server.wait_until_idle()
 
 
+# Log-probabilities.
+
+
+def test_logprobs_of_completions(server: Served, client: OpenAI) -> None:
+    options: Any = {"model": "both-r16", "prompt": PROMPT, "max_tokens": 8, **GREEDY}
+    choice = client.completions.create(logprobs=3, **options).choices[0]
+    assert choice.logprobs is not None
+    tokens, values = choice.logprobs.tokens, choice.logprobs.token_logprobs
+    tops, offsets = choice.logprobs.top_logprobs, choice.logprobs.text_offset
+    assert tokens and values and tops and offsets
+    assert len(tokens) == len(values) == len(tops) == len(offsets) == 8
+    for token, value, top in zip(tokens, values, tops, strict=True):
+        assert len(top) == 3
+        assert top[token] == value == max(top.values())  # Greedy takes the most probable.
+        assert value < 0
+    for token, offset in zip(tokens, offsets, strict=True):
+        if not token.startswith("bytes:"):
+            assert choice.text[offset:].startswith(token)
+    chunks = [
+        chunk.choices[0].logprobs
+        for chunk in client.completions.create(logprobs=3, stream=True, **options)
+    ]
+    assert [token for chunk in chunks for token in chunk.tokens] == tokens
+    assert [value for chunk in chunks for value in chunk.token_logprobs] == values
+    assert [offset for chunk in chunks for offset in chunk.text_offset] == offsets
+    assert client.completions.create(**options).choices[0].logprobs is None
+
+
+def test_logprobs_of_chats(client: OpenAI) -> None:
+    options: Any = {"model": MODEL, "messages": CHAT, "max_tokens": 6, "logprobs": True, **GREEDY}
+    choice = client.chat.completions.create(top_logprobs=2, **options).choices[0]
+    assert choice.logprobs is not None and choice.logprobs.content is not None
+    content = choice.logprobs.content
+    assert len(content) == 6
+    data = b"".join(bytes(entry.bytes or ()) for entry in content)
+    assert data.decode(errors="replace") == choice.message.content
+    for entry in content:
+        assert len(entry.top_logprobs) == 2
+        assert entry.top_logprobs[0].token == entry.token
+        assert entry.top_logprobs[0].logprob == entry.logprob
+    chunks = client.chat.completions.create(top_logprobs=2, stream=True, **options)
+    parts = [
+        entry
+        for chunk in chunks
+        if (logprobs := chunk.choices[0].logprobs) is not None
+        for entry in logprobs.content or ()
+    ]
+    assert parts == content
+    assert client.chat.completions.create(**options).choices[0].logprobs is not None
+
+
+def test_logprobs_end_where_the_text_does(client: OpenAI) -> None:
+    options: Any = {"model": MODEL, "prompt": PROMPT, "max_tokens": 20, "logprobs": 0, **GREEDY}
+    whole = client.completions.create(**options).choices[0]
+    stop = whole.text[5:8]
+    stopped = client.completions.create(stop=stop, **options).choices[0]
+    assert stopped.logprobs is not None and stopped.logprobs.text_offset is not None
+    assert all(offset < len(stopped.text) for offset in stopped.logprobs.text_offset)
+
+
 # Bad requests.
 
 
