@@ -122,7 +122,7 @@ def served(
     service = Service(engine, text_model, settings)
     engine.start()
     socket = bind("127.0.0.1", 0)
-    server = Server(service, drain_seconds=20.0, log_level="warning")
+    server = Server(service, drain_seconds=20.0)
     thread = threading.Thread(target=lambda: asyncio.run(server.serve([socket])))
     thread.start()
     try:

@@ -207,9 +207,12 @@ def serve(
             f"WARNING: everyone who reaches {host} may use this server: set --api-key", err=True
         )
     engine.start()
-    server = serve.Server(service, drain_seconds=drain_timeout)
     shown = f"[{host}]" if ":" in host else host
-    typer.echo(f"Serving {name} on http://{shown}:{socket.getsockname()[1]}", err=True)
+    server = serve.Server(
+        service,
+        drain_seconds=drain_timeout,
+        announcement=f"Serving {name} on http://{shown}:{socket.getsockname()[1]}",
+    )
     asyncio.run(server.serve([socket]))
 
 

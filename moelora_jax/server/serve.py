@@ -23,21 +23,25 @@ class Server(uvicorn.Server):
     Args:
         service: what is served; its engine was started.
         drain_seconds: how long to wait at most.
+        announcement: printed once connections are accepted.
     """
 
-    def __init__(self, service: Service, *, drain_seconds: float, log_level: str = "info") -> None:
+    def __init__(
+        self, service: Service, *, drain_seconds: float, announcement: str | None = None
+    ) -> None:
         super().__init__(
             uvicorn.Config(
                 create_app(service),
                 lifespan="off",
                 access_log=False,
                 server_header=False,
-                log_level=log_level,
+                log_level="warning",
                 timeout_graceful_shutdown=_CLOSING_SECONDS,
             )
         )
         self._service = service
         self._drain_seconds = drain_seconds
+        self._announcement = announcement
         self._loop: asyncio.AbstractEventLoop | None = None
         self._draining: asyncio.Task[None] | None = None
 
@@ -48,6 +52,12 @@ class Server(uvicorn.Server):
             await super().serve(sockets)
         finally:
             await self._service.engine.shutdown(drain=False)
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """Begin to listen."""
+        await super().startup(sockets)
+        if self._announcement is not None:
+            print(self._announcement, file=sys.stderr, flush=True)
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """The signal handler."""
