@@ -105,7 +105,12 @@ def tiny_model(folder: Path, runtime: RuntimeConfig = RUNTIME) -> LLM:
 
 @contextlib.contextmanager
 def served(
-    llm: LLM, folder: Path, *, max_waiting: int = MAX_WAITING, **config: Any
+    llm: LLM,
+    folder: Path,
+    *,
+    max_waiting: int = MAX_WAITING,
+    drain_seconds: float = 20.0,
+    **config: Any,
 ) -> Iterator[Served]:
     """Runs a server in a thread, and drains it at the end.
 
@@ -113,6 +118,7 @@ def served(
         llm: of :func:`tiny_model`.
         folder: its files.
         max_waiting: of the engine.
+        drain_seconds: how long to wait at most in the end.
         config: fields of :class:`ServerConfig` that are not the default.
     """
     engine = AsyncEngine(llm, max_waiting=max_waiting)
@@ -122,7 +128,7 @@ def served(
     service = Service(engine, text_model, settings)
     engine.start()
     socket = bind("127.0.0.1", 0)
-    server = Server(service, drain_seconds=20.0)
+    server = Server(service, drain_seconds=drain_seconds)
     thread = threading.Thread(target=lambda: asyncio.run(server.serve([socket])))
     thread.start()
     try:

@@ -28,6 +28,7 @@ def engine(llm: LLM) -> Iterator[AsyncEngine]:
     engine.start()
     yield engine
     asyncio.run(engine.shutdown(drain=False, timeout=None))
+    asyncio.run(engine.shutdown(drain=True, timeout=None))  # Once more does nothing.
 
 
 async def collect(stream: Stream) -> list[TokenOutput]:

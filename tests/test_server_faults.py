@@ -10,7 +10,6 @@ import signal
 import subprocess
 import sys
 import threading
-import time
 from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -373,7 +372,7 @@ def test_unloading_what_runs(server: Served, expected: dict[str, str]) -> None:
 
 
 @contextlib.contextmanager
-def process(folder: Path, *arguments: str) -> Iterator[tuple[subprocess.Popen[str], int]]:
+def process(folder: Path) -> Iterator[tuple[subprocess.Popen[str], int]]:
     """``moelora serve`` as users run it, and its port."""
     environment = {
         **os.environ,
@@ -385,7 +384,7 @@ def process(folder: Path, *arguments: str) -> Iterator[tuple[subprocess.Popen[st
         sys.executable, "-c", "from moelora_jax.cli import app; app()",
         "serve", "--model", str(folder / "model"), "--served-model-name", MODEL, "--port", "0",
         "--adapter", f"fr={folder / 'adapters' / 'experts-r8'}", "--max-running", "1",
-        "--max-batch-tokens", "32", "--max-length", "1024", *arguments,
+        "--max-batch-tokens", "32", "--max-length", "1024",
     ]  # fmt: skip
     with subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True) as running:
         try:
@@ -430,17 +429,15 @@ def status_of(port: int, method: str, path: str, sent: Any = None) -> int:
         return connection.getresponse().status
 
 
-def test_sigterm_with_no_time_to_drain(folder: Path, llm: LLM) -> None:
-    with process(folder, "--drain-timeout", "0") as (running, port):
-        client = OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none", max_retries=0)
+def test_no_time_to_drain(llm: LLM, folder: Path) -> None:
+    """What does not finish in time ends with an error, not with silence."""
+    with served(llm, folder, drain_seconds=0.0) as server:
+        client = OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0)
         stream = client.completions.create(
-            model=MODEL, prompt="Hello", max_tokens=1000, stream=True,
+            model=MODEL, prompt="Hello", max_tokens=110, n=MAX_WAITING, stream=True,
             extra_body={"ignore_eos": True},
         )  # fmt: skip
-        start = time.monotonic()
         with pytest.raises(APIError, match="shutting down"):
             for number, _ in enumerate(stream):
                 if number == 0:
-                    running.send_signal(signal.SIGTERM)
-        assert running.wait(30) == 0
-        assert time.monotonic() - start < 20
+                    server.server.drain()

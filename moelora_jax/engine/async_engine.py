@@ -86,7 +86,7 @@ class AsyncEngine:
         self._thread.start()
 
     async def shutdown(self, *, drain: bool = True, timeout: float | None = None) -> None:
-        """Refuse new requests, end the others, and stop the thread.
+        """Refuse new requests, end the others, and stop the thread; to repeat it does nothing.
 
         Args:
             drain: let what was submitted finish; otherwise it is cancelled.
@@ -104,7 +104,6 @@ class AsyncEngine:
             await asyncio.sleep(0.01)
         self._calls.put(self._stop)
         await asyncio.to_thread(self._thread.join)
-        self._compilations.close()
 
     def submit(self, request: Request) -> Stream:
         """Queue a request.
@@ -258,6 +257,7 @@ class AsyncEngine:
             while True:
                 self._calls.get_nowait()()
         self._deliver([], self._engine.scheduler.collect_ended(), None)
+        self._compilations.close()
 
     def _run_calls(self) -> None:
         """Run what other threads have asked for; wait for it if there is nothing else to do."""
