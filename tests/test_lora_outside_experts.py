@@ -18,22 +18,13 @@ from moelora_jax import (
     RuntimeConfig,
 )
 from tests.adapter_files import ATTENTION
-from tests.test_families import SIZES, TESTED, Family, torch_model
+from tests.test_families import TESTED, torch_model
 
 # As in test_parity.py.
 TOLERANCE = 2e-5
 
 torch = pytest.importorskip("torch")
 
-QWEN3_MOE = Family(
-    architecture="Qwen3MoeForCausalLM",
-    config_class="Qwen3MoeConfig",
-    options={key: value for key, value in SIZES.items() if key != "num_local_experts"}
-    | {"head_dim": 16, "num_experts": 6, "moe_intermediate_size": 20, "norm_topk_prob": True},
-    version_4={},
-    refused={},
-)
-FAMILIES = TESTED | {"Qwen3-MoE": QWEN3_MOE}
 LATENT_ATTENTION = ("o_proj", "q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "kv_b_proj")
 OPTIONAL_SITES = ("router", "embed_tokens", "lm_head")
 #: Family, and whether embedding and head are one matrix. OLMoE names its modules as Qwen3.
@@ -41,6 +32,7 @@ CASES = [
     ("Qwen3-MoE", True),
     ("Mixtral", False),
     ("gpt-oss", True),
+    ("DeepSeek-V3", False),
 ]
 RUNTIME = RuntimeConfig(
     lora=LoraConfig(max_adapters=10, max_rank=32, pool_rank=24, optional_sites=OPTIONAL_SITES),
@@ -117,7 +109,7 @@ def loaded(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     from peft import PeftModel
 
     family_name, tied = request.param
-    family = FAMILIES[family_name]
+    family = TESTED[family_name]
     options = family.options | {"tie_word_embeddings": tied}
     folder = tmp_path_factory.mktemp("outside")
 
