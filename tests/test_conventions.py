@@ -24,6 +24,7 @@ FLOORS = (
     "models",
     "engine",
     "server",
+    "parity",
     "cli",
 )
 #: Not installed with the core package, so imported only inside the functions that need them.

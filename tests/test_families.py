@@ -22,6 +22,7 @@ from moelora_jax import (
 )
 from moelora_jax.config import RopeConfig
 from moelora_jax.models import FAMILIES
+from moelora_jax.parity import compare, trace_torch
 from tests.adapter_files import (
     EXPERTS,
     Deltas,
@@ -30,14 +31,18 @@ from tests.adapter_files import (
     linear_module,
     linear_tensors,
     per_expert_tensors,
+    stacked_tensors,
     write_adapter,
 )
 
 # As in test_parity.py.
 TOLERANCE = 2e-5
+# Of what MoE layers compute, relative to the largest number of a layer: sums of at most 64 products
+# are off by some of float32's 6e-8, and each layer adds to the errors of those before it.
+RELATIVE_TOLERANCE = 1e-5
 
 RUNTIME = RuntimeConfig(
-    lora=LoraConfig(max_adapters=3, max_rank=32, pool_rank=24),
+    lora=LoraConfig(max_adapters=4, max_rank=32, pool_rank=24),
     buckets=BucketConfig(decode=(8,), prefill=(128,)),
     cache=CacheConfig(max_length=32, block_size=8),
 )
@@ -358,7 +363,7 @@ def linear_sites(config: ModelConfig) -> list[str]:
 
 
 def write_by_hand(folder: Path, config: ModelConfig, family: Family) -> dict[str, Deltas]:
-    """Adapters with a factor for each projection of each expert."""
+    """Adapters of layouts that PEFT does not write."""
     rng = np.random.default_rng(0)
     experts, deltas_of_experts = per_expert_tensors(config, rng, rank=3, scaling=2.0)
     linear, deltas_of_linear = linear_tensors(
@@ -374,9 +379,12 @@ def write_by_hand(folder: Path, config: ModelConfig, family: Family) -> dict[str
     write_adapter(
         folder / "some experts", renamed(few, names), adapter_options(r=24, lora_alpha=12)
     )
+    shared, deltas_of_shared = stacked_tensors(config, rng, rank=7, scaling=1.0, shared_outer=True)
+    write_adapter(folder / "shared outer", shared, adapter_options(r=7, lora_alpha=7))
     return {
         "everything": deltas_of_experts | deltas_of_linear,
         "some experts": deltas_of_few,
+        "shared outer": deltas_of_shared,
     }
 
 
@@ -410,7 +418,7 @@ def save_by_peft(model: Any, config: ModelConfig, folder: Path) -> None:
 
 
 class Loaded(NamedTuple):
-    """A model with three adapters, and what makes the same of each in PyTorch."""
+    """A model with four adapters, and what makes the same of each in PyTorch."""
 
     folder: Path
     llm: LLM
@@ -439,26 +447,37 @@ def loaded(name: str, tmp_path_factory: pytest.TempPathFactory) -> Loaded:
     return Loaded(folder / "base", llm, torch_models)
 
 
-def test_logits_of_a_mixed_batch_equal_transformers(loaded: Loaded) -> None:
-    torch = pytest.importorskip("torch")
+def test_a_mixed_batch_equals_transformers_layer_by_layer(loaded: Loaded) -> None:
     rng = np.random.default_rng(2)
     names = [None, *loaded.torch_models, None]
     prompts = [
         Prompt(rng.integers(0, 97, length).tolist(), name)
-        for name, length in zip(names, (30, 1, 28, 9, 25, 12), strict=True)
+        for name, length in zip(names, (30, 1, 28, 9, 20, 25, 12), strict=True)
     ]
-    for prompt, logits in zip(prompts, loaded.llm.score(prompts), strict=True):
-        tokens = torch.tensor([prompt.tokens])
-        with torch.no_grad():
-            expected = loaded.torch_models[prompt.adapter](tokens).logits[0].numpy()
-            base = loaded.torch_models[None](tokens).logits[0].numpy()
+    scored, traces = loaded.llm.score(prompts), loaded.llm.trace(prompts)
+    references = [
+        trace_torch(loaded.torch_models[prompt.adapter], prompt.tokens, prompt.adapter)
+        for prompt in prompts
+    ]
+    for prompt, logits, trace, reference in zip(prompts, scored, traces, references, strict=True):
+        expected = reference.logits
         assert 1 < np.abs(expected).max() < 10
         if prompt.adapter is not None:
             # The adapter matters by far more than the tolerance, or the comparison says nothing.
-            assert np.abs(expected - base).max() > 1000 * TOLERANCE
-        np.testing.assert_allclose(
-            logits, expected, rtol=0, atol=TOLERANCE, err_msg=str(prompt.adapter)
-        )
+            base = trace_torch(loaded.torch_models[None], prompt.tokens)
+            assert np.abs(expected - base.logits).max() > 1000 * TOLERANCE
+            assert np.abs(reference.moe_output - base.moe_output).max() > 1000 * TOLERANCE
+        for actual in (logits, trace.logits):
+            np.testing.assert_allclose(
+                actual, expected, rtol=0, atol=TOLERANCE, err_msg=str(prompt.adapter)
+            )
+    found = compare(traces, references)
+    assert [errors.layer for errors in found.layers] == list(loaded.llm.config.moe_layers)
+    for errors in found.layers:
+        assert errors.equal_choices == 1
+        for name in ("moe_input", "router_logits", "weights", "moe_output"):
+            assert getattr(errors, name) < RELATIVE_TOLERANCE, (errors.layer, name)
+    assert found.total.hidden < RELATIVE_TOLERANCE
 
 
 def test_generated_tokens_equal_transformers(loaded: Loaded) -> None:
@@ -466,7 +485,7 @@ def test_generated_tokens_equal_transformers(loaded: Loaded) -> None:
     rng = np.random.default_rng(3)
     prompts = [
         Prompt(rng.integers(0, 97, length).tolist(), name)
-        for name, length in zip(loaded.torch_models, (7, 1, 22, 13), strict=True)
+        for name, length in zip(loaded.torch_models, (7, 1, 22, 13, 9), strict=True)
     ]
     completions = loaded.llm.generate(prompts, max_new_tokens=8, stop_tokens=())
     for prompt, completion in zip(prompts, completions, strict=True):

@@ -6,7 +6,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from moelora_jax.cli import convert, demo, generate, inspect, plan, score, serve
+from moelora_jax.cli import convert, demo, generate, inspect, parity, plan, score, serve
 from moelora_jax.errors import MoeLoraError
 
 __all__ = ["app"]
@@ -130,3 +130,11 @@ app.command(
         --adapter-root adapters --host 0.0.0.0
 """
 )(serve.serve)
+app.command(
+    epilog="""**Examples**
+
+    moelora parity --model qwen --adapter fr=french
+    moelora parity --model qwen --adapter fr=french \\
+        --dtype bfloat16 --torch-device cuda --json parity.json
+"""
+)(parity.parity)

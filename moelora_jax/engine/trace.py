@@ -34,7 +34,7 @@ class Trace:
         experts: int32 ``[layers, tokens, top_k]``, those that each token chose.
         weights: ``[layers, tokens, top_k]``, the factors on the outputs of these experts, the
             model's ``routed_scaling`` included.
-        moe_output: ``[layers, tokens, hidden]``, what the layer adds to the residual.
+        moe_output: ``[layers, tokens, hidden]``, the weighted sum of these experts' outputs.
         hidden: ``[tokens, hidden]``, after the final norm.
         logits: ``[tokens, vocabulary]``.
     """

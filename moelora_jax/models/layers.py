@@ -43,7 +43,7 @@ class Taps(NamedTuple):
         router_logits: float32 ``[moe layers, tokens, experts]``.
         experts: int32 ``[moe layers, tokens, top_k]``, chosen by each token.
         weights: float32 ``[moe layers, tokens, top_k]``, of the chosen experts.
-        moe_output: float32 ``[moe layers, tokens, hidden]``, without the residual.
+        moe_output: float32 ``[moe layers, tokens, hidden]``, of the routed experts alone.
     """
 
     moe_input: Buffer

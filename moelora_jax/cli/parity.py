@@ -1,0 +1,247 @@
+"""``moelora parity``."""
+
+import json
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Annotated
+
+import numpy as np
+import typer
+
+from moelora_jax.adapters.adapter import Adapter
+from moelora_jax.adapters.layouts import LINEAR, PEFT_FUSED
+from moelora_jax.adapters.writer import save_adapter
+from moelora_jax.buckets import use_compilation_cache
+from moelora_jax.cli.limits import derive_runtime
+from moelora_jax.cli.loading import read_adapters
+from moelora_jax.cli.options import (
+    AdapterFolder,
+    AdaptersOption,
+    Dtype,
+    LayoutsOption,
+    ModelOption,
+    parse_adapters,
+)
+from moelora_jax.cli.output import check_output, make_table, stderr, stdout
+from moelora_jax.cli.rows import read_rows
+from moelora_jax.config import ModelConfig
+from moelora_jax.engine.llm import LLM, Prompt
+from moelora_jax.engine.trace import Trace
+from moelora_jax.files import new_file
+from moelora_jax.models import ModelFamily, read_model_config
+from moelora_jax.models.tokenizer import read_tokenizer
+from moelora_jax.parity import AdapterErrors, Comparison, compare, require_torch, trace_torch_rows
+
+#: Layouts that PEFT loads as they are. It passes over tensors of others, or reads some of them.
+_READ_BY_PEFT = {LINEAR.name, PEFT_FUSED.name}
+
+_RANDOM = "Random prompts (unless --input is given)"
+
+
+def parity(
+    model: ModelOption,
+    adapter: AdaptersOption = None,
+    layout: LayoutsOption = None,
+    rows: Annotated[
+        Path | None,
+        typer.Option(
+            "--input", metavar="ROWS.jsonl", help="Prompts, as for moelora score; else random ones."
+        ),
+    ] = None,
+    random: Annotated[
+        int,
+        typer.Option(
+            min=1, rich_help_panel=_RANDOM, help="Rows of the base model and of each adapter."
+        ),
+    ] = 2,
+    length: Annotated[
+        int, typer.Option(min=1, rich_help_panel=_RANDOM, help="Tokens of the longest row.")
+    ] = 32,
+    seed: Annotated[int, typer.Option(min=0, rich_help_panel=_RANDOM)] = 0,
+    dtype: Annotated[
+        Dtype, typer.Option(help="Compute dtype here; PyTorch always computes in float32.")
+    ] = Dtype.FLOAT32,
+    tolerance: Annotated[
+        float | None,
+        typer.Option(
+            min=0,
+            help="In float32 of the largest error of a logit, 2e-5 unless given; in bfloat16 of "
+            "0.5 * mean((difference of log p)^2) over the prompt tokens, 1e-3 unless given.",
+        ),
+    ] = None,
+    torch_device: Annotated[
+        str, typer.Option(metavar="DEVICE", help="Of PyTorch: cpu, cuda, cuda:1, ...")
+    ] = "cpu",
+    json_file: Annotated[
+        Path | None,
+        typer.Option("--json", metavar="FILE.json", help="Where to write all numbers, too."),
+    ] = None,
+) -> None:
+    """Compare with PyTorch, layer by layer: all rows as one batch here, each row alone there.
+
+    PyTorch, with transformers and PEFT, runs first and is freed before the model is loaded here. It
+    needs memory for the model in float32, on the CPU unless --torch-device says otherwise. The
+    exit code is 1 beyond the tolerance.
+    """
+    require_torch()
+    if json_file is not None:
+        check_output(json_file)
+    folders = parse_adapters(adapter or [], layout or [])
+    family, config = read_model_config(model)
+    if rows is None:
+        prompts = _random_prompts(config, list(folders), random, length, seed)
+    else:
+        prompts = read_rows(rows, config, folders, read_tokenizer(model))
+    adapters = read_adapters(folders, config.lora_sites(), family)
+    references = _run_torch(model, folders, adapters, prompts, family, config, torch_device)
+    traces = _run_here(model, adapters, prompts, config, dtype)
+
+    found = compare(traces, references)
+    if tolerance is None:
+        tolerance = 2e-5 if dtype is Dtype.FLOAT32 else 1e-3
+    error = found.total.logits if dtype is Dtype.FLOAT32 else found.total.log_probabilities
+    passed = error <= tolerance
+    if json_file is not None:
+        report = {
+            "model": str(model),
+            "adapters": {name: str(folder) for name, (folder, _) in folders.items()},
+            "layouts": {name: adapter.layout for name, adapter in adapters.items()},
+            "dtype": str(dtype),
+            "tolerance": tolerance,
+            "passed": passed,
+        }
+        with new_file(json_file) as new:
+            new.write_text(json.dumps(report | asdict(found), indent=2) + "\n", encoding="utf-8")
+    _print(found, adapters)
+    what = "largest error of a logit" if dtype is Dtype.FLOAT32 else "0.5·mean(Δ log p²)"
+    verdict = "[bold green]within[/]" if passed else "[bold red]beyond[/]"
+    stdout().print(f"{verdict} the tolerance: {what} {error:.2g}, {tolerance:g} is allowed")
+    if not passed:
+        raise typer.Exit(1)
+
+
+def _random_prompts(
+    config: ModelConfig, adapters: Sequence[str], rows: int, longest: int, seed: int
+) -> list[Prompt]:
+    """Rows that take turns: the base model, then each adapter."""
+    rng = np.random.default_rng(seed)
+    longest = min(longest, config.max_position)
+    return [
+        Prompt(rng.integers(config.vocab_size, size=rng.integers(longest // 2, longest) + 1), name)
+        for _ in range(rows)
+        for name in (None, *adapters)
+    ]
+
+
+def _run_torch(
+    model: Path,
+    folders: Mapping[str, AdapterFolder],
+    adapters: Mapping[str, Adapter],
+    prompts: Sequence[Prompt],
+    family: ModelFamily,
+    config: ModelConfig,
+    device: str,
+) -> list[Trace]:
+    """Every prompt alone; adapters that PEFT cannot load are converted for it."""
+    with tempfile.TemporaryDirectory(prefix="moelora-parity-") as temporary:
+        readable: dict[str, Path] = {}
+        for number, (name, (folder, _)) in enumerate(folders.items()):
+            readable[name] = folder
+            if not _is_read_by_peft(adapters[name]):
+                readable[name] = Path(temporary, str(number))
+                save_adapter(
+                    readable[name],
+                    adapters[name],
+                    config.lora_sites(),
+                    layout="peft_fused",
+                    module_names=family.module_names,
+                )
+        with stderr().status("PyTorch, each row alone"):
+            return trace_torch_rows(model, readable, prompts, device=device)
+
+
+def _is_read_by_peft(adapter: Adapter) -> bool:
+    return set(adapter.layout.split("+")) <= _READ_BY_PEFT
+
+
+def _run_here(
+    model: Path,
+    adapters: Mapping[str, Adapter],
+    prompts: Sequence[Prompt],
+    config: ModelConfig,
+    dtype: Dtype,
+) -> list[Trace]:
+    """All prompts as one batch."""
+    runtime = derive_runtime(
+        config,
+        adapters.values(),
+        prompts,
+        max_batch_rows=_power_of_two(len(prompts)),
+        max_batch_tokens=_power_of_two(sum(len(prompt.tokens) for prompt in prompts)),
+    )
+    use_compilation_cache()
+    llm = LLM.load(model, runtime=runtime, dtype=dtype.numpy, progress=True)
+    for name, adapter in adapters.items():
+        llm.load_adapter(name, adapter)
+    with stderr().status("All rows in one batch"):
+        # The logits are those of the program that serves.
+        return [
+            replace(trace, logits=logits)
+            for trace, logits in zip(llm.trace(prompts), llm.score(prompts), strict=True)
+        ]
+
+
+# The report.
+
+
+def _print(found: Comparison, adapters: Mapping[str, Adapter]) -> None:
+    columns = "layer", "MoE input", "router logits", "same experts", "weights", "MoE output"
+    table = make_table("MoE layers: largest errors", *columns, numbers=columns)
+    for layer in found.layers:
+        table.add_row(
+            str(layer.layer),
+            _error(layer.moe_input),
+            _error(layer.router_logits),
+            f"{layer.equal_choices:.2%}",
+            _error(layer.weights),
+            _error(layer.moe_output),
+        )
+    console = stdout()
+    console.print(table)
+    console.print("[dim]relative to the largest number of the layer; weights absolute[/]\n")
+
+    numbers = "tokens", "hidden", "logits", "log p"
+    words = "adapter", "layout", "in PyTorch"
+    table = make_table("What comes out: largest errors", *words, *numbers, numbers=numbers)
+    for errors in found.adapters:
+        adapter = None if errors.adapter is None else adapters[errors.adapter]
+        table.add_row(*_describe(errors.adapter, adapter), *_numbers(errors))
+    table.add_section()
+    table.add_row("all", "", "", *_numbers(found.total))
+    console.print(table)
+    console.print(
+        "[dim]hidden relative to the largest number; logits absolute, up to "
+        f"{found.total.largest_logit:.3g}; log p is 0.5·mean(Δ log p²)[/]\n"
+    )
+
+
+def _describe(name: str | None, adapter: Adapter | None) -> tuple[str, str, str]:
+    """The adapter, its layout, and whether PEFT has read its own files."""
+    if name is None or adapter is None:
+        return "[dim]base[/]", "", ""
+    return name, adapter.layout, "as it is" if _is_read_by_peft(adapter) else "converted"
+
+
+def _numbers(errors: AdapterErrors) -> tuple[str, ...]:
+    values = errors.hidden, errors.logits, errors.log_probabilities
+    return str(errors.tokens), *map(_error, values)
+
+
+def _error(value: float) -> str:
+    return f"{value:.1e}"
+
+
+def _power_of_two(number: int) -> int:
+    return 1 << (number - 1).bit_length()
