@@ -18,7 +18,7 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_gpu_enable_command_buffer="
 
@@ -79,39 +79,44 @@ def gemm_candidates(tile_rows: int, halves: int, tokens: int) -> list[GemmTiles]
 
 
 def shrink_candidates(rows_per_expert: float) -> list[ShrinkTiles]:
-    sizes = ((256, 4), (512, 4), (1024, 8), (2048, 8))
-    rows = [ShrinkTiles(block_k, warps, 1) for block_k, warps in sizes]
-    runs = [
-        ShrinkTiles(block_k, warps, stages, run_rows=16, slots=slots)
-        for block_k, warps, stages in ((256, 1, 3), (256, 2, 3), (256, 4, 3), (512, 4, 3))
-        for slots in (4, 8)
-    ]
+    """Tiles of a shrink in a launch of its own; none where the product's launch shrinks as well."""
     if rows_per_expert < 4:
-        return rows
-    return rows + runs if rows_per_expert < 16 else runs
+        return []
+    sizes = ((256, 1, 3), (256, 2, 3), (256, 4, 3), (512, 4, 3))
+    return [
+        ShrinkTiles(block_k, warps, stages, run_rows=16, slots=slots)
+        for (block_k, warps, stages), slots in itertools.product(sizes, (4, 8))
+    ]
+
+
+class Run(NamedTuple):
+    """One measurement: a shrink, or a product with or without LoRA."""
+
+    op: str
+    tiles: ShrinkTiles | GemmTiles
+    lora: bool
+
+    @property
+    def kernels(self) -> int:
+        """Launches, of which the last is measured."""
+        return 2 if isinstance(self.tiles, GemmTiles) and self.lora and self.tiles.shrink else 1
 
 
 def measure_height(
     work: Workload, tile_rows: int, device: Device
-) -> dict[str, list[tuple[float, Any]]]:
-    """Microseconds with LoRA, plus those of the base model, and tiles of every candidate."""
+) -> dict[str, list[tuple[float, float, GemmTiles]]]:
+    """Microseconds with LoRA and of the base model, and tiles, of every candidate."""
     point, config = work.point, work.point.config
     pairs, rows = point.tokens * config.top_k, point.tokens * config.top_k / config.num_experts
     shrinks = shrink_candidates(rows)
-    candidates = {
-        "gate_up_shrink": shrinks,
-        "down_shrink": shrinks,
-        "gate_up": gemm_candidates(tile_rows, 2, point.tokens),
-        "down": gemm_candidates(tile_rows, 1, point.tokens),
-    }
-    # What the trace will show, in order.
-    runs = [
-        (op, tiles, lora)
-        for op, group in candidates.items()
-        for tiles in group
-        for lora in ((True,) if op.endswith("shrink") else (True, False))
-        if lora or tiles.stack == group[0].stack
-    ]
+    # A product with a shrink before it takes the same time after every shrink.
+    forms = [None] * (rows < 16) + shrinks[:1]
+    runs = []
+    for op, halves in (("gate_up", 2), ("down", 1)):
+        runs += [Run(op, tiles, True) for tiles in shrinks]
+        for tiles in gemm_candidates(tile_rows, halves, point.tokens):
+            runs += [Run(op, replace(tiles, shrink=form), True) for form in forms]
+            runs.append(Run(op, tiles, False))
 
     def program(state: Any, x: Any, params: Any, pages: Any, experts: Any, adapters: Any) -> Any:
         refs = jax.tree.map(jax.new_ref, state)
@@ -125,25 +130,27 @@ def measure_height(
             tile_rows=tile_rows,
             out=refs.sort,
         )
-        common = {"pairs": pairs, "tile_rows": tile_rows}
+        common = {"tile_rows": tile_rows}
         for op, tiles, lora in runs:
             for layer in map(jnp.int32, range(LAYERS)):
-                if op == "gate_up_shrink":
-                    shrink(x, sort, (gate, up), layer, **common, top_k=config.top_k, tiles=tiles,
-                           out=refs.gate_up_ranks)  # fmt: skip
-                elif op == "down_shrink":
-                    shrink(refs.hidden, sort, (last,), layer, **common, tiles=tiles,
-                           out=refs.down_ranks)  # fmt: skip
+                if isinstance(tiles, ShrinkTiles):
+                    x_rows, sites, top_k, out = (
+                        (x, (gate, up), config.top_k, refs.gate_up_ranks)
+                        if op == "gate_up"
+                        else (refs.hidden, (last,), None, refs.down_ranks)
+                    )
+                    shrink(x_rows, sort, sites, layer, pairs=pairs, top_k=top_k, tiles=tiles,
+                           out=out, **common)  # fmt: skip
                 elif op == "gate_up":
                     gate_up(x, params.gate_up, sort, layer, top_k=config.top_k,
-                            tile_rows=tile_rows, activation=config.activation,
-                            rank_activations=refs.gate_up_ranks if lora else None,
-                            sites=(gate, up) if lora else None, tiles=tiles,
-                            out=refs.hidden)  # fmt: skip
+                            activation=config.activation, sites=(gate, up) if lora else None,
+                            rank_activations=refs.gate_up_ranks, signals=refs.signals,
+                            tiles=tiles, out=refs.hidden, **common)  # fmt: skip
                 else:
-                    down(refs.hidden, params.down, sort, layer, **common, dtype=jnp.bfloat16,
-                         rank_activations=refs.down_ranks if lora else None,
-                         site=last if lora else None, tiles=tiles, out=refs.expert_out)  # fmt: skip
+                    down(refs.hidden, params.down, sort, layer, pairs=pairs, dtype=jnp.bfloat16,
+                         site=last if lora else None, rank_activations=refs.down_ranks,
+                         signals=refs.signals, tiles=tiles, out=refs.expert_out,
+                         **common)  # fmt: skip
         return jax.tree.map(jax.freeze, refs)
 
     with device.shared():
@@ -159,21 +166,23 @@ def measure_height(
     with device.alone():
         state = jax.block_until_ready(compiled(state, *arguments))
         durations = trace(lambda: jax.block_until_ready(compiled(state, *arguments)))
-    kernels = [us for name, us in durations if name.startswith(("shrink_", "gate_up", "down_"))]
-    assert len(kernels) == len(runs) * LAYERS, (len(kernels), len(runs), LAYERS)
-    base: dict[tuple[str, GemmTiles], float] = {}
-    with_lora = []
-    for index, (op, tiles, lora) in enumerate(runs):
-        us = statistics.median(kernels[index * LAYERS : (index + 1) * LAYERS])
-        if lora:
-            with_lora.append((op, tiles, us))
-        else:
-            base[op, tiles] = us
-    results: dict[str, list[Any]] = {op: [] for op in candidates}
-    for op, tiles, us in with_lora:
-        is_gemm = isinstance(tiles, GemmTiles)
-        base_us = base[op, replace(tiles, stack=candidates[op][0].stack)] if is_gemm else 0.0
-        results[op].append((us, base_us, tiles))
+    kernels = iter(
+        [us for name, us in durations if name.startswith(("shrink_", "gate_up", "down_"))]
+    )
+    times = {}
+    for run in runs:
+        layers = [[next(kernels) for _ in range(run.kernels)] for _ in range(LAYERS)]
+        times[run] = statistics.median(launches[-1] for launches in layers)
+    assert next(kernels, None) is None, "more launches than expected"
+    results: dict[str, list[tuple[float, float, GemmTiles]]] = {}
+    for run, us in times.items():
+        if isinstance(run.tiles, ShrinkTiles) or not run.lora:
+            continue
+        tiles, base = run.tiles, times[Run(run.op, replace(run.tiles, shrink=None), False)]
+        if tiles.shrink:
+            best = min(shrinks, key=lambda tiles: times[Run(run.op, tiles, True)])
+            us, tiles = us + times[Run(run.op, best, True)], replace(tiles, shrink=best)
+        results.setdefault(run.op, []).append((us, base, tiles))
     return results
 
 

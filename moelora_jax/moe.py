@@ -12,15 +12,15 @@ from jaxtyping import Float, Int32
 
 from moelora_jax.config import MoeConfig
 from moelora_kernels import (
+    SIGNALS,
     Buffer,
     ExpertPages,
     TokenSort,
     combine,
     down,
+    fused_experts,
     gate_up,
-    one_token_experts,
     route,
-    shrink,
     sort_tokens,
     token_sort_shapes,
 )
@@ -59,6 +59,7 @@ class MoeWorkspace(NamedTuple):
         hidden: ``[pairs, intermediate]``, after the activation.
         down_ranks: ``[1, pairs, max_rank]``; None without LoRA.
         expert_out: ``[pairs, hidden]``.
+        signals: int32, by which programs of one launch wait for each other; zero between launches.
     """
 
     sort: TokenSort
@@ -66,6 +67,7 @@ class MoeWorkspace(NamedTuple):
     hidden: Buffer
     down_ranks: Buffer | None
     expert_out: Buffer
+    signals: Buffer
 
 
 def tile_rows(pairs: int, num_experts: int) -> int:
@@ -95,7 +97,7 @@ def moe_workspace_shapes(
         tile_rows=16,
     )
 
-    def shape(*sizes: int) -> Any:
+    def shape(*sizes: int, dtype: DTypeLike = dtype) -> Any:
         return jax.ShapeDtypeStruct(sizes, dtype)
 
     return MoeWorkspace(
@@ -104,6 +106,7 @@ def moe_workspace_shapes(
         hidden=shape(pairs, config.intermediate_size),
         down_ranks=shape(1, pairs, max_rank) if num_adapters else None,
         expert_out=shape(pairs, config.hidden_size),
+        signals=shape(*SIGNALS, dtype="int32"),
     )
 
 
@@ -245,25 +248,6 @@ def moe_experts(
     if implementation == "reference":
         rows = tile_rows(pairs, config.num_experts)
     else:
-        if tokens == 1 and not config.expert_bias:
-            return one_token_experts(
-                x,
-                experts,
-                weights,
-                num_tokens,
-                params.gate_up,
-                params.down,
-                layer,
-                activation=config.activation,
-                scaling=config.routed_scaling,
-                adapter_of_token=adapter_of_token,
-                pages=pages,
-                gate_up_ranks=workspace.gate_up_ranks,
-                hidden=workspace.hidden,
-                down_ranks=workspace.down_ranks,
-                out=out,
-                implementation=implementation,
-            )
         tiles = tiles or moe_tiles(
             num_experts=config.num_experts,
             top_k=top_k,
@@ -272,6 +256,31 @@ def moe_experts(
             tokens=tokens,
             dtype=x.dtype,
         )
+        if tiles.one_launch or tokens == 1:
+            return fused_experts(
+                x,
+                experts,
+                weights,
+                num_tokens,
+                params.gate_up,
+                params.down,
+                layer,
+                gate_up_bias=params.gate_up_bias,
+                down_bias=params.down_bias,
+                activation=config.activation,
+                scaling=config.routed_scaling,
+                adapter_of_token=adapter_of_token,
+                pages=pages,
+                sort=workspace.sort,
+                gate_up_ranks=workspace.gate_up_ranks,
+                hidden=workspace.hidden,
+                down_ranks=workspace.down_ranks,
+                expert_out=workspace.expert_out,
+                signals=workspace.signals,
+                out=out,
+                tiles=tiles,
+                implementation=implementation,
+            )
         rows = tiles.tile_rows
 
     sort = sort_tokens(
@@ -284,20 +293,6 @@ def moe_experts(
         out=workspace.sort,
         implementation=implementation,
     )
-    gate_up_ranks = down_ranks = None
-    if pages is not None:
-        gate_up_ranks = shrink(
-            x,
-            sort,
-            (pages.gate, pages.up),
-            layer,
-            pairs=pairs,
-            tile_rows=rows,
-            top_k=top_k,
-            out=workspace.gate_up_ranks,
-            tiles=None if tiles is None else tiles.gate_up_shrink,
-            implementation=implementation,
-        )
     hidden = gate_up(
         x,
         params.gate_up,
@@ -307,24 +302,13 @@ def moe_experts(
         tile_rows=rows,
         activation=config.activation,
         bias=params.gate_up_bias,
-        rank_activations=gate_up_ranks,
         sites=None if pages is None else (pages.gate, pages.up),
+        rank_activations=workspace.gate_up_ranks,
+        signals=workspace.signals,
         out=workspace.hidden,
         tiles=None if tiles is None else tiles.gate_up,
         implementation=implementation,
     )
-    if pages is not None:
-        down_ranks = shrink(
-            hidden,
-            sort,
-            (pages.down,),
-            layer,
-            pairs=pairs,
-            tile_rows=rows,
-            out=workspace.down_ranks,
-            tiles=None if tiles is None else tiles.down_shrink,
-            implementation=implementation,
-        )
     expert_out = down(
         hidden,
         params.down,
@@ -333,8 +317,9 @@ def moe_experts(
         pairs=pairs,
         tile_rows=rows,
         bias=params.down_bias,
-        rank_activations=down_ranks,
         site=None if pages is None else pages.down,
+        rank_activations=workspace.down_ranks,
+        signals=workspace.signals,
         dtype=x.dtype,
         out=workspace.expert_out,
         tiles=None if tiles is None else tiles.down,

@@ -8,13 +8,22 @@ from moelora_kernels.attention.api import paged_attention, query_tiles, write_ca
 from moelora_kernels.combine.api import combine
 from moelora_kernels.dense_lora.api import dense_lora, embedding_lora
 from moelora_kernels.expert_lora.api import down, gate_up, shrink
-from moelora_kernels.one_token.api import one_token_experts
+from moelora_kernels.fused_experts.api import fused_experts
 from moelora_kernels.router.api import route
 from moelora_kernels.sort.api import sort_tokens, token_sort_shapes
-from moelora_kernels.types import PAGE_ROWS, Buffer, ExpertGroups, ExpertPages, SitePages, TokenSort
+from moelora_kernels.types import (
+    PAGE_ROWS,
+    SIGNALS,
+    Buffer,
+    ExpertGroups,
+    ExpertPages,
+    SitePages,
+    TokenSort,
+)
 
 __all__ = [
     "PAGE_ROWS",
+    "SIGNALS",
     "Buffer",
     "ExpertGroups",
     "ExpertPages",
@@ -24,8 +33,8 @@ __all__ = [
     "dense_lora",
     "down",
     "embedding_lora",
+    "fused_experts",
     "gate_up",
-    "one_token_experts",
     "paged_attention",
     "query_tiles",
     "route",

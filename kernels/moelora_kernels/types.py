@@ -9,6 +9,10 @@ from jax import Array
 #: Rank rows per page; see :class:`SitePages`.
 PAGE_ROWS = 16
 
+#: Shape of the int32 counters by which programs of one launch wait for each other. They are zero
+#: before and after every launch.
+SIGNALS = (8,)
+
 #: An array, or a reference that kernels write in place. Both are indexed alike, so a type checker
 #: may take a reference for an array.
 if TYPE_CHECKING:

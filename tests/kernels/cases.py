@@ -80,8 +80,11 @@ def poisoned(shape: Sequence[int], dtype: str) -> jax.Array:
 
 
 def poisoned_like(shapes: object) -> object:
-    """Poison for every leaf of a pytree of shapes."""
-    return jax.tree.map(lambda leaf: poisoned(leaf.shape, leaf.dtype), shapes)
+    """Poison for every leaf of a pytree of shapes, but zeros for the signals of an MoE layer."""
+    values = jax.tree.map(lambda leaf: poisoned(leaf.shape, leaf.dtype), shapes)
+    if getattr(values, "signals", None) is not None:
+        values = values._replace(signals=jnp.zeros_like(values.signals))
+    return values
 
 
 @functools.cache

@@ -1,7 +1,6 @@
 """Shrink, gate_up and down, each by itself, against NumPy float64.
 
 Each kernel gets its inputs from the oracle, rounded to the compute dtype, so its error is its own.
-What the kernel before may leave undefined is NaN in these inputs.
 """
 
 from collections.abc import Callable
@@ -28,7 +27,6 @@ from tests.kernels.cases import (
     compiled,
     layer_specs,
     poisoned,
-    rounded,
 )
 
 #: Rows of a full tile, for each shape; more than there are rows at all for one token.
@@ -41,11 +39,6 @@ EXTRA = 3
 def with_extra_rows(rows: np.ndarray, axis: int = 0) -> np.ndarray:
     widths = [(0, EXTRA if dim == axis else 0) for dim in range(rows.ndim)]
     return np.pad(rows, widths, constant_values=np.nan)
-
-
-def rank_inputs(case: LayerCase, sites: tuple[str, ...], inputs: np.ndarray) -> np.ndarray:
-    """Rank activations as the kernels after shrink find them: rounded, NaN where not defined."""
-    return rounded(case.rank_activations(sites, inputs), case.dtype)
 
 
 def run_shrink(
@@ -76,8 +69,8 @@ def run_shrink(
 
 def run_gate_up(
     case: LayerCase,
-    ranks: np.ndarray | None,
     *,
+    lora: bool = True,
     activation: Activation = "silu",
     bias: bool = False,
     in_place: bool = True,
@@ -92,8 +85,7 @@ def run_gate_up(
         case.token_sort(tile_rows),
         case.layer,
         bias=case.cast(case.gate_up_bias) if bias else None,
-        rank_activations=None if ranks is None else case.cast(with_extra_rows(ranks, axis=1)),
-        sites=None if ranks is None else (pages.gate, pages.up),
+        sites=(pages.gate, pages.up) if lora else None,
     )
     return np.asarray(hidden)[: len(case.rows)]
 
@@ -101,8 +93,8 @@ def run_gate_up(
 def run_down(
     case: LayerCase,
     hidden: np.ndarray,
-    ranks: np.ndarray | None,
     *,
+    lora: bool = True,
     bias: bool = False,
     in_place: bool = True,
     page_seed: int = 0,
@@ -116,8 +108,7 @@ def run_down(
         case.token_sort(tile_rows),
         case.layer,
         bias=case.cast(case.down_bias) if bias else None,
-        rank_activations=None if ranks is None else case.cast(with_extra_rows(ranks, axis=1)),
-        site=None if ranks is None else case.pages(page_seed).down,
+        site=case.pages(page_seed).down if lora else None,
     )
     return np.asarray(outputs)[: len(case.rows)]
 
@@ -154,9 +145,9 @@ def test_shrink_of_sorted_rows(spec: LayerSpec) -> None:
 @given(spec=layer_specs())
 def test_gate_up(spec: LayerSpec) -> None:
     case = LayerCase(spec)
-    ranks = rank_inputs(case, ("gate", "up"), case.token_rows())
+    ranks = case.rank_activations(("gate", "up"), case.token_rows())
     expected = case.gated_hidden(ranks, "silu", bias=False)
-    assert_close(run_gate_up(case, ranks), expected, case.dtype)
+    assert_close(run_gate_up(case), expected, case.dtype)
 
 
 @settings(max_examples=40)
@@ -164,26 +155,26 @@ def test_gate_up(spec: LayerSpec) -> None:
 def test_down(spec: LayerSpec) -> None:
     case = LayerCase(spec)
     hidden = case.hidden_rows()
-    ranks = rank_inputs(case, ("down",), hidden)
-    expected = case.expert_outputs(hidden, ranks, bias=False)
-    # The result is float32 unless asked for: nothing is rounded after these inputs.
-    assert_close(run_down(case, hidden, ranks), expected, "float32")
+    expected = case.expert_outputs(hidden, case.rank_activations(("down",), hidden), bias=False)
+    # The result is float32 unless asked for; only the rank activations are rounded.
+    outputs = run_down(case, hidden)
+    assert outputs.dtype == np.float32
+    assert_close(outputs.astype(jnp.dtype(case.dtype)), expected, case.dtype)
 
 
 def test_biases_and_clamped_swiglu() -> None:
     case = LayerCase(LayerSpec(WIDE, num_tokens=32))
     # Large enough for the clamp to matter.
     case.x = case.x * 8
-    ranks = rank_inputs(case, ("gate", "up"), case.token_rows())
+    ranks = case.rank_activations(("gate", "up"), case.token_rows())
     expected = case.gated_hidden(ranks, "clamped_swiglu", bias=True)
     assert np.abs(expected).max() > 7
-    hidden = run_gate_up(case, ranks, activation="clamped_swiglu", bias=True)
+    hidden = run_gate_up(case, activation="clamped_swiglu", bias=True)
     assert_close(hidden, expected, "float32")
 
     rows = case.hidden_rows()
-    ranks = rank_inputs(case, ("down",), rows)
-    expected = case.expert_outputs(rows, ranks, bias=True)
-    assert_close(run_down(case, rows, ranks, bias=True), expected, "float32")
+    expected = case.expert_outputs(rows, case.rank_activations(("down",), rows), bias=True)
+    assert_close(run_down(case, rows, bias=True), expected, "float32")
 
 
 def test_rank_activations_are_scaled_before_they_are_rounded() -> None:
@@ -199,30 +190,28 @@ def test_rank_activations_are_scaled_before_they_are_rounded() -> None:
 def test_down_in_another_dtype_is_rounded_once() -> None:
     case = LayerCase(LayerSpec(TOP_8, dtype="bfloat16", num_tokens=6))
     hidden = case.hidden_rows()
-    ranks = rank_inputs(case, ("down",), hidden)
-    exact = run_down(case, hidden, ranks)
-    assert_same_bits(
-        run_down(case, hidden, ranks, dtype="bfloat16"), exact.astype(jnp.dtype("bfloat16"))
-    )
+    exact = run_down(case, hidden)
+    assert_same_bits(run_down(case, hidden, dtype="bfloat16"), exact.astype(jnp.dtype("bfloat16")))
 
 
 def test_base_model() -> None:
     case = LayerCase(LayerSpec(TOP_8, num_tokens=6))
-    assert_close(run_gate_up(case, None), case.gated_hidden(None, "silu", bias=False), "float32")
+    expected = case.gated_hidden(None, "silu", bias=False)
+    assert_close(run_gate_up(case, lora=False), expected, "float32")
     hidden = case.hidden_rows()
     expected = case.expert_outputs(hidden, None, bias=False)
-    assert_close(run_down(case, hidden, None), expected, "float32")
+    assert_close(run_down(case, hidden, lora=False), expected, "float32")
 
 
 def test_adapters_matter() -> None:
     """Each kind of adapter changes its rows by more than any tolerance here."""
     case = LayerCase(LayerSpec(WIDE, seed=1))
-    ranks = rank_inputs(case, ("gate", "up"), case.token_rows())
+    ranks = case.rank_activations(("gate", "up"), case.token_rows())
     change = case.gated_hidden(ranks, "silu", bias=False) - case.gated_hidden(
         None, "silu", bias=False
     )
     hidden = case.hidden_rows()
-    ranks = rank_inputs(case, ("down",), hidden)
+    ranks = case.rank_activations(("down",), hidden)
     down_change = case.expert_outputs(hidden, ranks, bias=False)
     down_change = down_change - case.expert_outputs(hidden, None, bias=False)
     kinds = set()
@@ -247,8 +236,8 @@ def every_kernel(case: LayerCase, **options: object) -> list[np.ndarray]:
     return [
         ranks[defined],
         down_ranks[down_defined],
-        run_gate_up(case, rank_inputs(case, ("gate", "up"), case.token_rows()), **options),
-        run_down(case, hidden, rank_inputs(case, ("down",), hidden), **options),
+        run_gate_up(case, **options),
+        run_down(case, hidden, **options),
     ]
 
 
@@ -277,11 +266,9 @@ def test_rows_without_adapter_are_those_of_the_base_model(seed: int, dtype: str)
     case = LayerCase(LayerSpec(TOP_8, dtype=dtype, assignment="half_base", seed=seed))
     base_rows = np.array([r for r, pair in enumerate(case.rows) if case.adapter(pair) < 0], int)
     hidden = case.hidden_rows()
-    ranks = rank_inputs(case, ("gate", "up"), case.token_rows())
-    down_ranks = rank_inputs(case, ("down",), hidden)
-    assert_same_bits(run_gate_up(case, ranks)[base_rows], run_gate_up(case, None)[base_rows])
+    assert_same_bits(run_gate_up(case)[base_rows], run_gate_up(case, lora=False)[base_rows])
     assert_same_bits(
-        run_down(case, hidden, down_ranks)[base_rows], run_down(case, hidden, None)[base_rows]
+        run_down(case, hidden)[base_rows], run_down(case, hidden, lora=False)[base_rows]
     )
 
 
@@ -311,20 +298,6 @@ def call_shrink(case: LayerCase, out: jax.Array | None = None, sites: tuple = ()
     x, sort, sites = case.cast(case.x), case.token_sort(16), sites or case.pages()[:2]
     sizes = {"pairs": case.shape.pairs, "top_k": case.shape.top_k}
     trace(shrink, out, x, sort, sites, case.layer, **sizes)
-
-
-def test_rank_activations_and_pages_come_together() -> None:
-    case = LayerCase(LayerSpec(SQUARE))
-    message = "rank activations and pages must be given together"
-    pages, (pairs, rank) = case.pages(), (case.shape.pairs, case.shape.max_rank)
-    with pytest.raises(ValueError, match=message):
-        call_gate_up(case, rank_activations=jnp.zeros((2, pairs, rank)))
-    with pytest.raises(ValueError, match=message):
-        call_gate_up(case, sites=(pages.gate, pages.up))
-    with pytest.raises(ValueError, match=message):
-        call_down(case, rank_activations=jnp.zeros((1, pairs, rank)))
-    with pytest.raises(ValueError, match=message):
-        call_down(case, site=pages.down)
 
 
 def test_sites_of_different_max_rank_raise() -> None:

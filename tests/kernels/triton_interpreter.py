@@ -4,6 +4,7 @@ Triton decides at import whether kernels are interpreted, so ``TRITON_INTERPRET=
 outside. Launches are replaced by calls on torch tensors; everything else is what runs on a GPU.
 """
 
+from dataclasses import replace
 from typing import Any
 
 import jax
@@ -12,14 +13,21 @@ import numpy as np
 import torch
 
 from moelora_jax.config import MoeConfig
-from moelora_jax.moe import MoeParams, moe_experts
+from moelora_jax.moe import MoeParams, moe_experts, moe_workspace_shapes
 from moelora_kernels import ExpertGroups, dense_lora, embedding_lora, route, sort_tokens
 from moelora_kernels.tuning.tiles import GemmTiles, MoeTiles, ShrinkTiles
-from tests.kernels.cases import LAYER, LayerCase, LayerSpec, Shape, relative_error
+from tests.kernels.cases import (
+    LAYER,
+    LayerCase,
+    LayerSpec,
+    Shape,
+    poisoned_like,
+    relative_error,
+)
 
 
 def to_torch(value: Any) -> Any:
-    return None if value is None else torch.from_numpy(np.array(value))
+    return None if value is None else torch.from_numpy(np.array(value[...]))
 
 
 def to_jax(tensor: torch.Tensor) -> jax.Array:
@@ -44,14 +52,21 @@ def interpret(kernel: Any, inputs: Any, outputs: Any, refs: Any, how: Any, **con
 
 SHAPES = (
     Shape(1, 2, 6, 48, 20, 3, 1),
-    Shape(7, 8, 8, 40, 20, 5, 4),
-    Shape(33, 2, 6, 48, 24, 10, 2),
+    Shape(1, 3, 4, 40, 24, 2, 3),
+    Shape(7, 3, 4, 40, 20, 5, 4),
+    Shape(20, 2, 6, 48, 24, 10, 2),
 )
 #: One expert and one choice: the gate projection is a dense linear layer.
 DENSE_SHAPES = (Shape(7, 1, 1, 32, 32, 5, 4), Shape(33, 1, 1, 20, 48, 10, 2))
 #: Runs of rows, and a second step over pages and over adapters.
 RUNS = ShrinkTiles(block_k=32, num_warps=1, num_stages=1, run_rows=16, slots=2)
-TILES = MoeTiles(16, GemmTiles(16, 16, 1, 1), GemmTiles(16, 16, 1, 1), RUNS, RUNS)
+PRODUCTS = GemmTiles(16, 16, 1, 1)
+#: One launch; few launches; a launch for each task.
+TILES = (
+    MoeTiles(16, PRODUCTS, GemmTiles(32, 32, 1, 1), one_launch=True),
+    MoeTiles(16, PRODUCTS, PRODUCTS),
+    MoeTiles(16, *[replace(PRODUCTS, shrink=RUNS)] * 2),
+)
 
 
 def layer(
@@ -61,6 +76,16 @@ def layer(
     config = MoeConfig(shape.experts, shape.top_k, shape.hidden, shape.intermediate)
     router = jnp.zeros((2, shape.experts, shape.hidden))
     params = MoeParams(router, case.cast(case.gate_up), case.cast(case.down))
+    workspace: Any = None
+    if implementation == "triton":
+        shapes = moe_workspace_shapes(
+            config,
+            shape.tokens,
+            num_adapters=shape.adapters if lora else 0,
+            max_rank=shape.max_rank,
+            dtype=case.dtype,
+        )
+        workspace = jax.tree.map(jax.new_ref, poisoned_like(shapes))
     out = moe_experts(
         case.cast(case.x),
         jnp.asarray(case.experts),
@@ -71,13 +96,15 @@ def layer(
         num_tokens=case.device_num_tokens,
         adapter_of_token=jnp.asarray(case.adapter_of_token) if lora else None,
         pages=case.pages() if lora else None,
+        workspace=workspace,
         implementation=implementation,
         tiles=tiles,
     )
-    return np.asarray(out)
+    assert workspace is None or not lora or not np.asarray(workspace.signals[...]).any()
+    return np.asarray(out[...])
 
 
-def check_layer(shape: Shape, dtype: str, num_tokens: int | None, tiles: MoeTiles | None) -> None:
+def check_layer(shape: Shape, dtype: str, num_tokens: int | None, tiles: MoeTiles) -> None:
     case = LayerCase(LayerSpec(shape, dtype=dtype, num_tokens=num_tokens, seed=3))  # type: ignore[arg-type]
     expected = layer(case, "reference").astype(np.float64)
     out = layer(case, "triton", tiles=tiles)
@@ -169,11 +196,12 @@ def main() -> None:
     from moelora_kernels.combine import triton as combine
     from moelora_kernels.dense_lora import triton as dense
     from moelora_kernels.expert_lora import triton as expert_lora
-    from moelora_kernels.one_token import triton as one_token
+    from moelora_kernels.fused_experts import triton as fused_experts
+    from moelora_kernels.fused_experts import triton_one_token
     from moelora_kernels.router import triton as router
     from moelora_kernels.sort import triton as sort
 
-    for module in (combine, dense, expert_lora, one_token, router, sort):
+    for module in (combine, dense, expert_lora, fused_experts, router, sort, triton_one_token):
         module.launch = interpret  # type: ignore[attr-defined]
     check_route()
     check_sort()
@@ -182,8 +210,9 @@ def main() -> None:
     check_sort()
     # The interpreter cannot multiply bfloat16.
     for shape in SHAPES:
-        check_layer(shape, "float32", None, None)
-        check_layer(shape, "float16", shape.tokens // 2, TILES)
+        for tiles in TILES if shape.tokens > 1 else TILES[:1]:
+            check_layer(shape, "float32", None, tiles)
+        check_layer(shape, "float16", shape.tokens // 2, TILES[0])
     for shape in DENSE_SHAPES:
         check_dense(shape, "float32")
         check_dense(shape, "float16")

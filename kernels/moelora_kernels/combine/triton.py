@@ -47,9 +47,28 @@ def combine_token(
     SCALING: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
+    """One token and block of columns per program."""
+    sum_experts(
+        tl.program_id(0), tl.program_id(1), expert_out_ptr, weights_ptr, row_of_pair_ptr, out_ptr,
+        WIDTH, TOP_K, SCALING, BLOCK,
+    )  # fmt: skip
+
+
+@triton.jit
+def sum_experts(
+    token,
+    block,
+    expert_out_ptr,
+    weights_ptr,
+    row_of_pair_ptr,
+    out_ptr,
+    WIDTH: tl.constexpr,
+    TOP_K: tl.constexpr,
+    SCALING: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
     """The sum over the experts of a token in float32, in the order of the choices."""
-    token = tl.program_id(0)
-    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    column = block * BLOCK + tl.arange(0, BLOCK)
     inside = column < WIDTH
     total = tl.zeros([BLOCK], tl.float32)
     for choice in tl.static_range(TOP_K):

@@ -1,4 +1,4 @@
-"""Expert projections with LoRA: shrink, gate_up with expand and activation, down with expand.
+"""Expert projections with LoRA: gate_up with activation, down, and the shrink that both contain.
 
 The math of one pair (token with hidden state x, expert e) whose token has adapter a with scaling s:
 
@@ -89,8 +89,9 @@ def gate_up(
     tile_rows: int,
     activation: Activation = "silu",
     bias: Float[Array, "layers experts 2 intermediate"] | None = None,
-    rank_activations: Buffer | None = None,
     sites: tuple[SitePages, SitePages] | None = None,
+    rank_activations: Buffer | None = None,
+    signals: Buffer | None = None,
     out: Buffer | None = None,
     tiles: GemmTiles | None = None,
     implementation: Implementation | None = None,
@@ -107,9 +108,10 @@ def gate_up(
         activation: ``silu``: silu(gate)·up. ``clamped_swiglu``: (clip(up, ±7) + 1)·g·sigmoid(1.702
             g) with g = min(gate, 7), as in gpt-oss.
         bias: added before the activation.
-        rank_activations: ``[2, >= pairs, max_rank]`` from :func:`shrink`, or None for the base
-            model.
-        sites: pages of gate and up; needed with ``rank_activations``.
+        sites: pages of gate and up, or None for the base model.
+        rank_activations: reference ``[2, >= pairs, >= max_rank]`` in the dtype of ``x`` that the
+            rank activations are written to; None allocates it.
+        signals: reference int32 ``SIGNALS``, zero before and after; None allocates it.
         out: ``[>= pairs, intermediate]`` in the dtype of ``x``.
         tiles: launch parameters of the Triton kernel; None chooses by a rule.
         implementation: None chooses by the default device.
@@ -117,7 +119,6 @@ def gate_up(
     Returns:
         ``[pairs, intermediate]`` in sorted order; rows past the last real pair are not defined.
     """
-    _require_together(rank_activations, sites)
     pairs = x.shape[0] * top_k
     if choose(implementation) == "triton":
         from moelora_kernels.expert_lora import triton
@@ -131,13 +132,14 @@ def gate_up(
             top_k=top_k,
             tile_rows=tile_rows,
             activation=activation,
-            rank_activations=rank_activations,
             sites=sites,
+            rank_activations=rank_activations,
+            signals=signals,
             tiles=tiles or gemm_rule(pairs / weight.shape[1], x.dtype)[1],
             out=out,
         )
     rows = reference.gather_rows(x, sort, pairs, top_k)
-    ranks = None if rank_activations is None else read(rank_activations)[:, :pairs]
+    ranks = _shrink(rows, sort, sites or (), layer, tile_rows, rank_activations)
     value = reference.gate_up(
         rows, weight, bias, sort, layer, ranks, sites or (), activation, tile_rows
     )
@@ -153,8 +155,9 @@ def down(
     pairs: int,
     tile_rows: int,
     bias: Float[Array, "layers experts hidden"] | None = None,
-    rank_activations: Buffer | None = None,
     site: SitePages | None = None,
+    rank_activations: Buffer | None = None,
+    signals: Buffer | None = None,
     dtype: DTypeLike = jnp.float32,
     out: Buffer | None = None,
     tiles: GemmTiles | None = None,
@@ -170,8 +173,10 @@ def down(
         pairs: rows of this batch, ``tokens * top_k``.
         tile_rows: what the sort was made with.
         bias: added to every pair's output.
-        rank_activations: ``[1, >= pairs, max_rank]`` from :func:`shrink` of ``hidden``, or None.
-        site: pages of down; needed with ``rank_activations``.
+        site: pages of down, or None for the base model.
+        rank_activations: reference ``[1, >= pairs, >= max_rank]`` in the dtype of ``hidden`` that
+            the rank activations are written to; None allocates it.
+        signals: reference int32 ``SIGNALS``, zero before and after; None allocates it.
         dtype: of the result. At thousands of tokens, writing and reading it takes as long in
             float32 as a third of the layer's products.
         out: ``[>= pairs, hidden]`` of that dtype.
@@ -181,7 +186,6 @@ def down(
     Returns:
         ``[pairs, hidden]`` in sorted order; rows past the last real pair are not defined.
     """
-    _require_together(rank_activations, site)
     if choose(implementation) == "triton":
         from moelora_kernels.expert_lora import triton
 
@@ -193,18 +197,30 @@ def down(
             layer,
             pairs=pairs,
             tile_rows=tile_rows,
-            rank_activations=rank_activations,
             site=site,
+            rank_activations=rank_activations,
+            signals=signals,
             dtype=dtype,
             tiles=tiles or gemm_rule(pairs / weight.shape[1], hidden.dtype)[2],
             out=out,
         )
-    ranks = None if rank_activations is None else read(rank_activations)[:, :pairs]
     rows = read(hidden, pairs)
+    ranks = _shrink(rows, sort, () if site is None else (site,), layer, tile_rows, rank_activations)
     value = reference.down(rows, weight, bias, sort, layer, ranks, site, tile_rows)
     return result(out, value.astype(dtype))
 
 
-def _require_together(rank_activations: Buffer | None, pages: object | None) -> None:
-    if (rank_activations is None) != (pages is None):
-        raise ValueError("rank activations and pages must be given together")
+def _shrink(
+    rows: Array,
+    sort: TokenSort,
+    sites: Sequence[SitePages],
+    layer: Array,
+    tile_rows: int,
+    out: Buffer | None,
+) -> Array | None:
+    """The reference's rank activations of sorted ``rows``, also stored in ``out``."""
+    if not sites:
+        return None
+    ranks = reference.shrink(rows, sort, sites, layer, tile_rows)
+    result(out, ranks)
+    return ranks

@@ -1,16 +1,22 @@
 """Expert projections with LoRA in Triton.
 
-*shrink* has two forms. For few rows, one program per row and page: a matrix-vector product that has
-all its loads in flight. For many, programs take runs of rows that share expert and adapter, and use
-the tensor cores.
+*shrink* has two forms. For few rows, one program per row: matrix-vector products with many loads in
+flight. For many, programs take runs of rows that share expert and adapter, and use the tensor
+cores.
 
 *gate_up* and *down* are grouped matrix products over the tiles of the sort. Before the sums leave
 the registers, ``z · B`` is added to them: pages of several adapters of the tile are stacked along
 K, and the rank activations z are masked so that each row meets the pages of its own adapter only.
 Rows without an adapter meet none: zeros are added to their sums, which keeps them bitwise.
+
+For few rows the programs of the shrink are the first of the product's own launch. The others read
+weights meanwhile, and wait for the rank activations only when their sums are complete
+(:func:`wait_for`). A GPU starts the programs of a launch in order, so those that wait always wait
+for programs that run or are done.
 """
 
 from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -20,13 +26,16 @@ from jax import Array
 from jax.typing import DTypeLike
 
 from moelora_kernels.backend import Launch, launch, scalar
+from moelora_kernels.buffers import new_buffer
 from moelora_kernels.tuning.tiles import GemmTiles, ShrinkTiles
-from moelora_kernels.types import PAGE_ROWS, Buffer, SitePages, TokenSort
+from moelora_kernels.types import PAGE_ROWS, SIGNALS, Buffer, SitePages, TokenSort
 
 #: Rows whose runs a few programs of the shrink share.
 WINDOW_ROWS = 16
 #: Longer runs are cut here, for programs to share.
 CUT_ROWS = 128
+#: Columns of a page that a warp of a product loads at once when it shrinks.
+SHRINK_COLUMNS = 64
 
 
 def shrink(
@@ -41,35 +50,23 @@ def shrink(
     out: Buffer | None,
 ) -> Buffer:
     """See :func:`moelora_kernels.shrink`."""
-    _, _, adapters, pages, experts = sites[0].table.shape
     shape = (len(sites), pairs, sites[0].max_rank) if out is None else out.shape
-    first, second = sites[0], sites[1] if len(sites) == 2 else None
-    inputs = (
-        x,
-        sort.order,
-        sort.group_of_row,
-        scalar(layer),
-        *(first.a_pool, first.table, first.scaling),
-        *((None,) * 3 if second is None else (second.a_pool, second.table, second.scaling)),
-    )
-    constants = {
-        "WIDTH": x.shape[1],
+    inputs = (x, sort.order, sort.group_of_row, scalar(layer), *_shrink_factors(sites))
+    constants: dict[str, object] = {
         "TOP_K": 0 if top_k is None else top_k,
-        "NUM_EXPERTS": experts,
-        "NUM_ADAPTERS": adapters,
-        "MAX_PAGES": pages,
-        "PAGE_ROWS": PAGE_ROWS,
         "Z_ROWS": shape[1],
         "Z_COLUMNS": shape[2],
-        "BLOCK_K": min(tiles.block_k, triton.next_power_of_2(x.shape[1])),
+        **_shrink_constants(x, sites, tiles.block_k),
     }
     how = {"num_warps": tiles.num_warps, "num_stages": tiles.num_stages}
+    grid: tuple[int, ...]
     if tiles.run_rows == 0:
-        kernel, grid = shrink_rows, (pairs, pages, len(sites))
+        kernel, grid = shrink_rows, (pairs * len(sites),)
+        constants["SITES"] = len(sites)
     else:
         kernel = shrink_runs
         windows = triton.cdiv(pairs, WINDOW_ROWS)
-        grid = (windows * tiles.slots, pages, len(sites))
+        grid = (windows * tiles.slots, sites[0].table.shape[3], len(sites))
         constants |= {
             "PAIRS": pairs,
             "WINDOW_ROWS": WINDOW_ROWS,
@@ -93,35 +90,29 @@ def gate_up(
     top_k: int,
     tile_rows: int,
     activation: str,
-    rank_activations: Buffer | None,
     sites: tuple[SitePages, SitePages] | None,
+    rank_activations: Buffer | None,
+    signals: Buffer | None,
     tiles: GemmTiles,
     out: Buffer | None,
 ) -> Buffer:
     """See :func:`moelora_kernels.gate_up`."""
     _, experts, _, intermediate, hidden = weight.shape
     pairs = x.shape[0] * top_k
-    lora: tuple[Buffer | None, ...] = (None,) * 6
-    if rank_activations is not None and sites is not None:
-        gate, up = sites
-        lora = (
-            sort.group_of_row,
-            rank_activations,
-            *(gate.table, gate.b_pool, up.table, up.b_pool),
-        )
-    return launch(
+    return _product(
         gate_up_tiles,
-        (x, weight, bias, sort.order, sort.expert_tiles, scalar(layer), *lora),
-        [jax.ShapeDtypeStruct((pairs, intermediate), x.dtype)],
-        None if out is None else [out],
-        _gemm_launch(tiles, pairs, tile_rows, experts, intermediate),
+        (x, weight, bias, scalar(layer), sort.expert_tiles, sort.group_of_row, sort.order),
+        jax.ShapeDtypeStruct((pairs, intermediate), x.dtype),
+        out,
+        _Expand(x, sort, sites, layer, pairs, top_k, rank_activations, signals),
+        tiles,
+        tile_rows,
+        experts,
         HIDDEN=hidden,
         INTERMEDIATE=intermediate,
         TOP_K=top_k,
         ACTIVATION=activation,
-        **_gemm_constants(x.dtype, tiles, tile_rows, experts, hidden),
-        **_expand_constants(tiles, rank_activations, None if sites is None else sites[0]),
-    )[0]
+    )
 
 
 def down(
@@ -133,67 +124,141 @@ def down(
     *,
     pairs: int,
     tile_rows: int,
-    rank_activations: Buffer | None,
     site: SitePages | None,
+    rank_activations: Buffer | None,
+    signals: Buffer | None,
     dtype: DTypeLike,
     tiles: GemmTiles,
     out: Buffer | None,
 ) -> Buffer:
     """See :func:`moelora_kernels.down`."""
     _, experts, width, intermediate = weight.shape
-    lora: tuple[Buffer | None, ...] = (None,) * 4
-    if rank_activations is not None and site is not None:
-        lora = (sort.group_of_row, rank_activations, site.table, site.b_pool)
-    return launch(
+    sites = None if site is None else (site,)
+    return _product(
         down_tiles,
-        (hidden, weight, bias, sort.expert_tiles, scalar(layer), *lora),
-        [jax.ShapeDtypeStruct((pairs, width), dtype)],
-        None if out is None else [out],
-        _gemm_launch(tiles, pairs, tile_rows, experts, width),
+        (hidden, weight, bias, scalar(layer), sort.expert_tiles, sort.group_of_row),
+        jax.ShapeDtypeStruct((pairs, width), dtype),
+        out,
+        _Expand(hidden, sort, sites, layer, pairs, None, rank_activations, signals),
+        tiles,
+        tile_rows,
+        experts,
         HIDDEN=width,
         INTERMEDIATE=intermediate,
-        **_gemm_constants(hidden.dtype, tiles, tile_rows, experts, intermediate),
-        **_expand_constants(tiles, rank_activations, site),
-    )[0]
+    )
 
 
-def _gemm_launch(tiles: GemmTiles, pairs: int, tile_rows: int, experts: int, width: int) -> Launch:
-    num_tiles = pairs // tile_rows + min(pairs, experts)
-    blocks = triton.cdiv(width, tiles.block_n)
-    return Launch((num_tiles * blocks,), num_warps=tiles.num_warps, num_stages=tiles.num_stages)
+class _Expand(NamedTuple):
+    """What a product adds for LoRA: see the parameters of :func:`moelora_kernels.gate_up`."""
+
+    x: Buffer
+    sort: TokenSort
+    sites: Sequence[SitePages] | None
+    layer: Array
+    pairs: int
+    top_k: int | None
+    rank_activations: Buffer | None
+    signals: Buffer | None
 
 
-def _gemm_constants(
-    dtype: jnp.dtype, tiles: GemmTiles, tile_rows: int, experts: int, depth: int
-) -> dict[str, object]:
-    block_k = min(tiles.block_k, max(triton.next_power_of_2(depth), 16))
-    return {
+def _product(
+    kernel: Any,
+    inputs: tuple[Any, ...],
+    shape: jax.ShapeDtypeStruct,
+    out: Buffer | None,
+    lora: _Expand,
+    tiles: GemmTiles,
+    tile_rows: int,
+    experts: int,
+    **constants: Any,
+) -> Buffer:
+    """Launch a grouped product, and the shrink before it or within.
+
+    The kernel's parameters are ``inputs``, the arrays of its sites, rank activations, signals and
+    output.
+    """
+    x = lora.x
+    producers = 0
+    arrays: tuple[Array | None, ...] = (None,) * (8 if kernel is gate_up_tiles else 4)
+    z: Any = None
+    signals: Any = lora.signals
+    if lora.sites is not None:
+        arrays = tuple(array for site in lora.sites for array in site)
+        z = lora.rank_activations
+        if tiles.shrink is not None:
+            z = shrink(
+                x, lora.sort, lora.sites, lora.layer,
+                pairs=lora.pairs, top_k=lora.top_k, tiles=tiles.shrink, out=z,
+            )  # fmt: skip
+        else:
+            producers = lora.pairs * len(lora.sites)
+            if z is None:
+                z = new_buffer((len(lora.sites), lora.pairs, lora.sites[0].max_rank), x.dtype)
+            signals = new_buffer(SIGNALS, jnp.int32) if signals is None else signals
+    num_tiles = lora.pairs // tile_rows + min(lora.pairs, experts)
+    programs = num_tiles * triton.cdiv(shape.shape[1], tiles.block_n)
+    constants |= product_constants(x, tiles, tile_rows, experts, lora.sites, z)
+    constants |= {"PRODUCERS": producers, "PROGRAMS": programs, "SIGNALS": SIGNALS[0]}
+    grid = (producers + programs,)
+    how = Launch(grid, num_warps=tiles.num_warps, num_stages=tiles.num_stages)
+    if producers == 0:
+        refs = None if out is None else [out]
+        return launch(kernel, (*inputs, *arrays, z, None), [shape], refs, how, **constants)[0]
+    target: Any = new_buffer(shape.shape, shape.dtype) if out is None else out
+    launch(kernel, (*inputs, *arrays), (), [z, signals, target], how, **constants)
+    return target[...] if out is None else out
+
+
+def product_constants(
+    x: Buffer,
+    tiles: GemmTiles,
+    tile_rows: int,
+    experts: int,
+    sites: Sequence[SitePages] | None,
+    rank_activations: Buffer | None,
+) -> dict[str, Any]:
+    """Compile-time parameters of a grouped product."""
+    names = ("NUM_ADAPTERS", "MAX_PAGES", "PAGE_LANES", "PAGE_ROWS")
+    if sites is None or rank_activations is None:
+        zero = ("SHRINK_K", "Z_ROWS", "Z_COLUMNS", "SLOTS", "PAGES")
+        expand = dict.fromkeys((*names, *zero), 0)
+    else:
+        shrinking = _shrink_constants(x, sites, SHRINK_COLUMNS * tiles.num_warps)
+        # A stack has several pages of one adapter where adapters have several.
+        pages = min(shrinking["PAGE_LANES"], 4)
+        expand = {name: shrinking[name] for name in names} | {
+            "SHRINK_K": shrinking["BLOCK_K"],
+            "Z_ROWS": rank_activations.shape[1],
+            "Z_COLUMNS": rank_activations.shape[2],
+            "SLOTS": max(tiles.stack, 2 * pages) // pages,
+            "PAGES": pages,
+        }
+    return expand | {
         "NUM_EXPERTS": experts,
         # The smallest operand of a tensor core product.
         "BLOCK_M": max(triton.next_power_of_2(tile_rows), 16),
         "BLOCK_N": tiles.block_n,
-        "BLOCK_K": block_k,
-        "PRECISION": precision(dtype),
+        "BLOCK_K": min(tiles.block_k, max(triton.next_power_of_2(x.shape[1]), 16)),
+        "PRECISION": precision(x.dtype),
     }
 
 
-def _expand_constants(
-    tiles: GemmTiles, rank_activations: Buffer | None, site: SitePages | None
-) -> dict[str, int]:
-    if rank_activations is None or site is None:
-        names = ("NUM_ADAPTERS", "MAX_PAGES", "Z_ROWS", "Z_COLUMNS")
-        return dict.fromkeys((*names, "PAGE_ROWS", "SLOTS", "PAGES"), 0)
-    # A stack has several pages of one adapter where adapters have several.
-    pages = min(triton.next_power_of_2(site.table.shape[3]), 4)
-    stack = max(tiles.stack, 2 * pages)
+def _shrink_factors(sites: Sequence[SitePages]) -> tuple[Array | None, ...]:
+    """A pool, table and scaling of one or two sites."""
+    factors = tuple(array for site in sites for array in (site.a_pool, site.table, site.scaling))
+    return (*factors, *(None,) * (6 - len(factors)))
+
+
+def _shrink_constants(x: Buffer, sites: Sequence[SitePages], block_k: int) -> dict[str, int]:
+    _, _, adapters, pages, experts = sites[0].table.shape
     return {
-        "NUM_ADAPTERS": site.table.shape[2],
-        "MAX_PAGES": site.table.shape[3],
-        "Z_ROWS": rank_activations.shape[1],
-        "Z_COLUMNS": rank_activations.shape[2],
+        "WIDTH": x.shape[1],
+        "NUM_EXPERTS": experts,
+        "NUM_ADAPTERS": adapters,
+        "MAX_PAGES": pages,
+        "PAGE_LANES": triton.next_power_of_2(pages),
         "PAGE_ROWS": PAGE_ROWS,
-        "SLOTS": stack // pages,
-        "PAGES": pages,
+        "BLOCK_K": min(block_k, triton.next_power_of_2(x.shape[1])),
     }
 
 
@@ -217,69 +282,135 @@ def shrink_rows(
     z_ptr,
     WIDTH: tl.constexpr,
     TOP_K: tl.constexpr,
+    SITES: tl.constexpr,
     NUM_EXPERTS: tl.constexpr,
     NUM_ADAPTERS: tl.constexpr,
     MAX_PAGES: tl.constexpr,
+    PAGE_LANES: tl.constexpr,
     PAGE_ROWS: tl.constexpr,
     Z_ROWS: tl.constexpr,
     Z_COLUMNS: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """One row, page and site per program: ``z[site, row, page] = scaling · A · x[row]``."""
-    row, page, site = tl.program_id(0), tl.program_id(1), tl.program_id(2)
-    group = tl.load(group_ptr + row)
-    adapter = group % (NUM_ADAPTERS + 1) - 1
-    # Past the last row the group is -1.
-    if (group >= 0) & (adapter >= 0):
-        expert = group // (NUM_ADAPTERS + 1)
-        layer = tl.load(layer_ptr)
-        x_row = row
-        if TOP_K > 0:
-            x_row = tl.load(order_ptr + row) // TOP_K
-        x_ptr += x_row.to(tl.int64) * WIDTH
-        z_ptr += (site * Z_ROWS + row).to(tl.int64) * Z_COLUMNS + page * PAGE_ROWS
-        entry = ((layer * 2 * NUM_ADAPTERS + adapter) * MAX_PAGES + page) * NUM_EXPERTS + expert
-        factor = (layer * NUM_ADAPTERS + adapter) * NUM_EXPERTS + expert
-        # A branch per site keeps the alignment of each pool known to the compiler.
-        if site == 0:
-            shrink_row(
-                x_ptr, pool_0_ptr, table_0_ptr + entry, scaling_0_ptr + factor, z_ptr,
-                WIDTH, PAGE_ROWS, BLOCK_K,
-            )  # fmt: skip
-        elif pool_1_ptr is not None:
-            shrink_row(
-                x_ptr, pool_1_ptr, table_1_ptr + entry, scaling_1_ptr + factor, z_ptr,
-                WIDTH, PAGE_ROWS, BLOCK_K,
-            )  # fmt: skip
+    """One row and site per program."""
+    row, site = tl.program_id(0) // SITES, tl.program_id(0) % SITES
+    x_row = row
+    if TOP_K > 0:
+        # Past the last row the order is -1; nothing is read there.
+        x_row = tl.load(order_ptr + row) // TOP_K
+    shrink_row(
+        row, x_row, site, tl.load(group_ptr + row), tl.load(layer_ptr), x_ptr,
+        pool_0_ptr, table_0_ptr, scaling_0_ptr, pool_1_ptr, table_1_ptr, scaling_1_ptr, z_ptr,
+        WIDTH, NUM_EXPERTS, NUM_ADAPTERS, MAX_PAGES, PAGE_LANES, PAGE_ROWS, Z_ROWS, Z_COLUMNS,
+        BLOCK_K,
+    )  # fmt: skip
 
 
 @triton.jit
 def shrink_row(
+    row,
+    x_row,
+    site,
+    group,
+    layer,
+    x_ptr,
+    pool_0_ptr,
+    table_0_ptr,
+    scaling_0_ptr,
+    pool_1_ptr,
+    table_1_ptr,
+    scaling_1_ptr,
+    z_ptr,
+    WIDTH: tl.constexpr,
+    NUM_EXPERTS: tl.constexpr,
+    NUM_ADAPTERS: tl.constexpr,
+    MAX_PAGES: tl.constexpr,
+    PAGE_LANES: tl.constexpr,
+    PAGE_ROWS: tl.constexpr,
+    Z_ROWS: tl.constexpr,
+    Z_COLUMNS: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """``z[site, row] = scaling · A · x[x_row]`` for one row and site."""
+    adapter = group % (NUM_ADAPTERS + 1) - 1
+    # Past the last row the group is -1.
+    if (group >= 0) & (adapter >= 0):
+        expert = group // (NUM_ADAPTERS + 1)
+        x_ptr += x_row.to(tl.int64) * WIDTH
+        z_ptr += (site * Z_ROWS + row).to(tl.int64) * Z_COLUMNS
+        entry = (layer * 2 * NUM_ADAPTERS + adapter) * MAX_PAGES * NUM_EXPERTS + expert
+        factor = (layer * NUM_ADAPTERS + adapter) * NUM_EXPERTS + expert
+        # A branch per site keeps the alignment of each pool known to the compiler.
+        if site == 0:
+            shrink_pages(
+                x_ptr, pool_0_ptr, table_0_ptr + entry, scaling_0_ptr + factor, z_ptr,
+                WIDTH, NUM_EXPERTS, MAX_PAGES, PAGE_LANES, PAGE_ROWS, BLOCK_K,
+            )  # fmt: skip
+        elif pool_1_ptr is not None:
+            shrink_pages(
+                x_ptr, pool_1_ptr, table_1_ptr + entry, scaling_1_ptr + factor, z_ptr,
+                WIDTH, NUM_EXPERTS, MAX_PAGES, PAGE_LANES, PAGE_ROWS, BLOCK_K,
+            )  # fmt: skip
+
+
+@triton.jit
+def shrink_pages(
     x_ptr,
     pool_ptr,
     entry_ptr,
     scaling_ptr,
     z_ptr,
     WIDTH: tl.constexpr,
+    NUM_EXPERTS: tl.constexpr,
+    MAX_PAGES: tl.constexpr,
+    PAGE_LANES: tl.constexpr,
     PAGE_ROWS: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """``z = scaling · A · x`` for one row and the page that a table entry names, if any."""
-    pool_row = tl.load(entry_ptr)
-    if pool_row >= 0:
-        scaling = tl.load(scaling_ptr)
-        rank = tl.arange(0, PAGE_ROWS)
-        column = tl.arange(0, BLOCK_K)
+    """``z = scaling · A · x`` for one row and the pages that an adapter has, if any."""
+    pages = tl.arange(0, PAGE_LANES)
+    entries = tl.load(entry_ptr + pages * NUM_EXPERTS, mask=pages < MAX_PAGES, other=-1)
+    scaling = tl.load(scaling_ptr)
+    rank = tl.arange(0, PAGE_ROWS)
+    column = tl.arange(0, BLOCK_K)
+    for page in range(0, tl.sum((entries >= 0).to(tl.int32), 0)):
+        pool_row = tl.sum(tl.where(pages == page, entries, 0), 0)
         a_ptr = pool_ptr + pool_row.to(tl.int64) * PAGE_ROWS * WIDTH
         products = tl.zeros([PAGE_ROWS, BLOCK_K], tl.float32)
-        for k in tl.range(0, WIDTH, BLOCK_K, loop_unroll_factor=4):
+        for k in tl.range(0, WIDTH, BLOCK_K, loop_unroll_factor=4, num_stages=1):
             inside = k + column < WIDTH
             x = tl.load(x_ptr + k + column, mask=inside, other=0.0)
             a_tile = a_ptr + rank[:, None] * WIDTH + k + column[None, :]
             a = tl.load(a_tile, mask=inside[None, :], other=0.0)
             products += a.to(tl.float32) * x.to(tl.float32)[None, :]
         z = tl.sum(products, 1) * scaling
-        tl.store(z_ptr + rank, z.to(z_ptr.dtype.element_ty))
+        tl.store(z_ptr + page * PAGE_ROWS + rank, z.to(z_ptr.dtype.element_ty))
+
+
+@triton.jit
+def signal(counter_ptr):
+    """Say that what this program has stored may be read by others of the launch."""
+    tl.debug_barrier()  # Stores of all threads come before the one that signals.
+    tl.atomic_add(counter_ptr, 1, sem="release", scope="gpu")
+
+
+@triton.jit
+def wait_for(counter_ptr, COUNT: tl.constexpr):
+    """Wait until ``COUNT`` programs have signalled; what they stored may then be read."""
+    while tl.atomic_add(counter_ptr, 0, sem="acquire", scope="gpu") < COUNT:
+        pass
+
+
+@triton.jit
+def leave(signals_ptr, PROGRAMS: tl.constexpr):
+    """Whether this program is the last of ``PROGRAMS`` to get here."""
+    return tl.atomic_add(signals_ptr, 1, sem="relaxed", scope="gpu") == PROGRAMS - 1
+
+
+@triton.jit
+def clear(signals_ptr, SIGNALS: tl.constexpr):
+    """Make the counters ready for the next launch."""
+    tl.store(signals_ptr + tl.arange(0, SIGNALS), tl.zeros([SIGNALS], tl.int32))
 
 
 @triton.jit
@@ -300,6 +431,7 @@ def shrink_runs(
     NUM_EXPERTS: tl.constexpr,
     NUM_ADAPTERS: tl.constexpr,
     MAX_PAGES: tl.constexpr,
+    PAGE_LANES: tl.constexpr,
     PAGE_ROWS: tl.constexpr,
     Z_ROWS: tl.constexpr,
     Z_COLUMNS: tl.constexpr,
@@ -562,15 +694,20 @@ def gate_up_tiles(
     x_ptr,
     weight_ptr,
     bias_ptr,
-    order_ptr,
-    tiles_ptr,
     layer_ptr,
+    tiles_ptr,
     group_ptr,
-    z_ptr,
+    order_ptr,
+    gate_a_ptr,
+    gate_b_ptr,
     gate_table_ptr,
-    gate_pool_ptr,
+    gate_scaling_ptr,
+    up_a_ptr,
+    up_b_ptr,
     up_table_ptr,
-    up_pool_ptr,
+    up_scaling_ptr,
+    z_ptr,
+    signals_ptr,
     out_ptr,
     HIDDEN: tl.constexpr,
     INTERMEDIATE: tl.constexpr,
@@ -581,21 +718,123 @@ def gate_up_tiles(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     PRECISION: tl.constexpr,
+    PRODUCERS: tl.constexpr,
+    PROGRAMS: tl.constexpr,
+    SIGNALS: tl.constexpr,
     NUM_ADAPTERS: tl.constexpr,
     MAX_PAGES: tl.constexpr,
+    PAGE_LANES: tl.constexpr,
+    PAGE_ROWS: tl.constexpr,
+    SHRINK_K: tl.constexpr,
     Z_ROWS: tl.constexpr,
     Z_COLUMNS: tl.constexpr,
-    PAGE_ROWS: tl.constexpr,
     SLOTS: tl.constexpr,
     PAGES: tl.constexpr,
 ):
-    """One tile of rows and ``BLOCK_N`` intermediate columns per program."""
+    """The first ``PRODUCERS`` programs shrink, the others multiply."""
+    program = tl.program_id(0)
+    layer = tl.load(layer_ptr)
+    shrunk_ptr = None if PRODUCERS == 0 else signals_ptr + 1
+    if program >= PRODUCERS:
+        gate_up_tile(
+            program - PRODUCERS, x_ptr, weight_ptr, bias_ptr, layer, tiles_ptr, group_ptr,
+            order_ptr, gate_b_ptr, gate_table_ptr, up_b_ptr, up_table_ptr, z_ptr, shrunk_ptr,
+            out_ptr,
+            HIDDEN, INTERMEDIATE, TOP_K, ACTIVATION, NUM_EXPERTS, BLOCK_M, BLOCK_N, BLOCK_K,
+            PRECISION, PRODUCERS, NUM_ADAPTERS, MAX_PAGES, PAGE_ROWS, Z_ROWS, Z_COLUMNS, SLOTS,
+            PAGES,
+        )  # fmt: skip
+        if PRODUCERS > 0:
+            if leave(signals_ptr, PROGRAMS):
+                wait_for(shrunk_ptr, PRODUCERS)
+                clear(signals_ptr, SIGNALS)
+    elif PRODUCERS > 0:
+        shrink_for_gate_up(
+            program, x_ptr, layer, group_ptr, order_ptr, gate_a_ptr, gate_table_ptr,
+            gate_scaling_ptr, up_a_ptr, up_table_ptr, up_scaling_ptr, z_ptr,
+            HIDDEN, TOP_K, NUM_EXPERTS, NUM_ADAPTERS, MAX_PAGES, PAGE_LANES, PAGE_ROWS,
+            Z_ROWS, Z_COLUMNS, SHRINK_K,
+        )  # fmt: skip
+        signal(shrunk_ptr)
+
+
+@triton.jit
+def shrink_for_gate_up(
+    program,
+    x_ptr,
+    layer,
+    group_ptr,
+    order_ptr,
+    gate_a_ptr,
+    gate_table_ptr,
+    gate_scaling_ptr,
+    up_a_ptr,
+    up_table_ptr,
+    up_scaling_ptr,
+    z_ptr,
+    HIDDEN: tl.constexpr,
+    TOP_K: tl.constexpr,
+    NUM_EXPERTS: tl.constexpr,
+    NUM_ADAPTERS: tl.constexpr,
+    MAX_PAGES: tl.constexpr,
+    PAGE_LANES: tl.constexpr,
+    PAGE_ROWS: tl.constexpr,
+    Z_ROWS: tl.constexpr,
+    Z_COLUMNS: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """One row for gate or for up."""
+    row, site = program // 2, program % 2
+    shrink_row(
+        row, tl.load(order_ptr + row) // TOP_K, site, tl.load(group_ptr + row), layer, x_ptr,
+        gate_a_ptr, gate_table_ptr, gate_scaling_ptr, up_a_ptr, up_table_ptr, up_scaling_ptr,
+        z_ptr,
+        HIDDEN, NUM_EXPERTS, NUM_ADAPTERS, MAX_PAGES, PAGE_LANES, PAGE_ROWS, Z_ROWS, Z_COLUMNS,
+        BLOCK_K,
+    )  # fmt: skip
+
+
+@triton.jit
+def gate_up_tile(
+    program,
+    x_ptr,
+    weight_ptr,
+    bias_ptr,
+    layer,
+    tiles_ptr,
+    group_ptr,
+    order_ptr,
+    gate_b_ptr,
+    gate_table_ptr,
+    up_b_ptr,
+    up_table_ptr,
+    z_ptr,
+    shrunk_ptr,
+    out_ptr,
+    HIDDEN: tl.constexpr,
+    INTERMEDIATE: tl.constexpr,
+    TOP_K: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+    NUM_EXPERTS: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    PRECISION: tl.constexpr,
+    PRODUCERS: tl.constexpr,
+    NUM_ADAPTERS: tl.constexpr,
+    MAX_PAGES: tl.constexpr,
+    PAGE_ROWS: tl.constexpr,
+    Z_ROWS: tl.constexpr,
+    Z_COLUMNS: tl.constexpr,
+    SLOTS: tl.constexpr,
+    PAGES: tl.constexpr,
+):
+    """One tile of rows and ``BLOCK_N`` intermediate columns."""
     NUM_BLOCKS: tl.constexpr = (INTERMEDIATE + BLOCK_N - 1) // BLOCK_N
-    tile, block = tl.program_id(0) // NUM_BLOCKS, tl.program_id(0) % NUM_BLOCKS
+    tile, block = program // NUM_BLOCKS, program % NUM_BLOCKS
     expert = tl.load(tiles_ptr + tile * 3)
     if expert >= 0:
         first, end = tl.load(tiles_ptr + tile * 3 + 1), tl.load(tiles_ptr + tile * 3 + 2)
-        layer = tl.load(layer_ptr)
         rows = first + tl.arange(0, BLOCK_M)
         inside = rows < end
         columns = block * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -639,8 +878,10 @@ def gate_up_tiles(
             gate += tl.load(bias_ptr + column).to(tl.float32)[None, :]
             up += tl.load(bias_ptr + INTERMEDIATE + column).to(tl.float32)[None, :]
         if z_ptr is not None:
-            for first_page in tl.static_range(0, MAX_PAGES, PAGES):
-                if num_slots > 0:
+            if num_slots > 0:
+                if PRODUCERS > 0:
+                    wait_for(shrunk_ptr, PRODUCERS)
+                for first_page in tl.static_range(0, MAX_PAGES, PAGES):
                     gate_z = load_ranks(
                         rows, adapter, first_page, z_ptr, Z_COLUMNS, PAGES, PAGE_ROWS
                     )
@@ -659,10 +900,10 @@ def gate_up_tiles(
                                 NUM_EXPERTS, MAX_PAGES, PAGES,
                             )  # fmt: skip
                         gate_b = load_pages(
-                            gate_row, columns, gate_pool_ptr, INTERMEDIATE, SLOTS, PAGES, PAGE_ROWS
+                            gate_row, columns, gate_b_ptr, INTERMEDIATE, SLOTS, PAGES, PAGE_ROWS
                         )
                         up_b = load_pages(
-                            up_row, columns, up_pool_ptr, INTERMEDIATE, SLOTS, PAGES, PAGE_ROWS
+                            up_row, columns, up_b_ptr, INTERMEDIATE, SLOTS, PAGES, PAGE_ROWS
                         )
                         stacked = stack_ranks(
                             gate_z, mine, gate_row, BLOCK_M, SLOTS, PAGES, PAGE_ROWS
@@ -683,12 +924,15 @@ def down_tiles(
     hidden_ptr,
     weight_ptr,
     bias_ptr,
-    tiles_ptr,
     layer_ptr,
+    tiles_ptr,
     group_ptr,
-    z_ptr,
+    a_ptr,
+    b_ptr,
     table_ptr,
-    pool_ptr,
+    scaling_ptr,
+    z_ptr,
+    signals_ptr,
     out_ptr,
     HIDDEN: tl.constexpr,
     INTERMEDIATE: tl.constexpr,
@@ -697,21 +941,107 @@ def down_tiles(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     PRECISION: tl.constexpr,
+    PRODUCERS: tl.constexpr,
+    PROGRAMS: tl.constexpr,
+    SIGNALS: tl.constexpr,
     NUM_ADAPTERS: tl.constexpr,
     MAX_PAGES: tl.constexpr,
+    PAGE_LANES: tl.constexpr,
+    PAGE_ROWS: tl.constexpr,
+    SHRINK_K: tl.constexpr,
     Z_ROWS: tl.constexpr,
     Z_COLUMNS: tl.constexpr,
-    PAGE_ROWS: tl.constexpr,
     SLOTS: tl.constexpr,
     PAGES: tl.constexpr,
 ):
-    """One tile of rows and ``BLOCK_N`` hidden columns per program."""
+    """The first ``PRODUCERS`` programs shrink, the others multiply."""
+    program = tl.program_id(0)
+    layer = tl.load(layer_ptr)
+    shrunk_ptr = None if PRODUCERS == 0 else signals_ptr + 1
+    if program >= PRODUCERS:
+        down_tile(
+            program - PRODUCERS, hidden_ptr, weight_ptr, bias_ptr, layer, tiles_ptr, group_ptr,
+            b_ptr, table_ptr, z_ptr, shrunk_ptr, out_ptr,
+            HIDDEN, INTERMEDIATE, NUM_EXPERTS, BLOCK_M, BLOCK_N, BLOCK_K, PRECISION, PRODUCERS,
+            NUM_ADAPTERS, MAX_PAGES, PAGE_ROWS, Z_COLUMNS, SLOTS, PAGES,
+        )  # fmt: skip
+        if PRODUCERS > 0:
+            if leave(signals_ptr, PROGRAMS):
+                wait_for(shrunk_ptr, PRODUCERS)
+                clear(signals_ptr, SIGNALS)
+    elif PRODUCERS > 0:
+        shrink_for_down(
+            program, hidden_ptr, layer, group_ptr, a_ptr, table_ptr, scaling_ptr, z_ptr,
+            INTERMEDIATE, NUM_EXPERTS, NUM_ADAPTERS, MAX_PAGES, PAGE_LANES, PAGE_ROWS,
+            Z_ROWS, Z_COLUMNS, SHRINK_K,
+        )  # fmt: skip
+        signal(shrunk_ptr)
+
+
+@triton.jit
+def shrink_for_down(
+    row,
+    hidden_ptr,
+    layer,
+    group_ptr,
+    a_ptr,
+    table_ptr,
+    scaling_ptr,
+    z_ptr,
+    INTERMEDIATE: tl.constexpr,
+    NUM_EXPERTS: tl.constexpr,
+    NUM_ADAPTERS: tl.constexpr,
+    MAX_PAGES: tl.constexpr,
+    PAGE_LANES: tl.constexpr,
+    PAGE_ROWS: tl.constexpr,
+    Z_ROWS: tl.constexpr,
+    Z_COLUMNS: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """One row."""
+    shrink_row(
+        row, row, 0, tl.load(group_ptr + row), layer, hidden_ptr,
+        a_ptr, table_ptr, scaling_ptr, None, None, None, z_ptr,
+        INTERMEDIATE, NUM_EXPERTS, NUM_ADAPTERS, MAX_PAGES, PAGE_LANES, PAGE_ROWS,
+        Z_ROWS, Z_COLUMNS, BLOCK_K,
+    )  # fmt: skip
+
+
+@triton.jit
+def down_tile(
+    program,
+    hidden_ptr,
+    weight_ptr,
+    bias_ptr,
+    layer,
+    tiles_ptr,
+    group_ptr,
+    b_ptr,
+    table_ptr,
+    z_ptr,
+    shrunk_ptr,
+    out_ptr,
+    HIDDEN: tl.constexpr,
+    INTERMEDIATE: tl.constexpr,
+    NUM_EXPERTS: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    PRECISION: tl.constexpr,
+    PRODUCERS: tl.constexpr,
+    NUM_ADAPTERS: tl.constexpr,
+    MAX_PAGES: tl.constexpr,
+    PAGE_ROWS: tl.constexpr,
+    Z_COLUMNS: tl.constexpr,
+    SLOTS: tl.constexpr,
+    PAGES: tl.constexpr,
+):
+    """One tile of rows and ``BLOCK_N`` hidden columns."""
     NUM_BLOCKS: tl.constexpr = (HIDDEN + BLOCK_N - 1) // BLOCK_N
-    tile, block = tl.program_id(0) // NUM_BLOCKS, tl.program_id(0) % NUM_BLOCKS
+    tile, block = program // NUM_BLOCKS, program % NUM_BLOCKS
     expert = tl.load(tiles_ptr + tile * 3)
     if expert >= 0:
         first, end = tl.load(tiles_ptr + tile * 3 + 1), tl.load(tiles_ptr + tile * 3 + 2)
-        layer = tl.load(layer_ptr)
         rows = first + tl.arange(0, BLOCK_M)
         inside = rows < end
         columns = block * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -743,12 +1073,15 @@ def down_tiles(
             bias_ptr += (layer * NUM_EXPERTS + expert) * HIDDEN
             total += tl.load(bias_ptr + column).to(tl.float32)[None, :]
         if z_ptr is not None:
-            total = add_expand(
-                total, rows, adapter, slot, num_slots, mine, pool_row, columns,
-                z_ptr, table_ptr, pool_ptr,
-                HIDDEN, NUM_EXPERTS, MAX_PAGES, PAGE_ROWS, Z_COLUMNS, BLOCK_M, SLOTS, PAGES,
-                PRECISION,
-            )  # fmt: skip
+            if num_slots > 0:
+                if PRODUCERS > 0:
+                    wait_for(shrunk_ptr, PRODUCERS)
+                total = add_expand(
+                    total, rows, adapter, slot, num_slots, mine, pool_row, columns,
+                    z_ptr, table_ptr, b_ptr,
+                    HIDDEN, NUM_EXPERTS, MAX_PAGES, PAGE_ROWS, Z_COLUMNS, BLOCK_M, SLOTS, PAGES,
+                    PRECISION,
+                )  # fmt: skip
         tl.store(
             out_ptr + rows.to(tl.int64)[:, None] * HIDDEN + columns[None, :],
             total.to(out_ptr.dtype.element_ty),

@@ -40,29 +40,14 @@ def sort_tokens(
     outputs = [getattr(sizes, name) for name in arrays]
     refs = None if out is None else outputs
     inputs = (experts, adapter_of_token, scalar(num_tokens))
-    constants = {
-        "PAIRS": pairs,
-        "TOP_K": top_k,
-        "NUM_EXPERTS": num_experts,
-        "NUM_ADAPTERS": num_adapters,
-        "TILE_ROWS": tile_rows,
-        "NUM_TILES": sizes.expert_tiles.shape[0],
-        "EXPERTS_POW2": max(triton.next_power_of_2(num_experts), 16),
-    }
-    key_stride = triton.next_power_of_2(pairs)
-    if pairs <= MAX_COUNTED_PAIRS and (groups + 1) * key_stride < 2**31:
-        block, chunk = 16, min(max(key_stride, 16), 1024)
-        results = launch(
-            sort_by_counting,
-            inputs,
-            outputs,
-            refs,
-            Launch((triton.cdiv(pairs, block) + 1,), num_warps=8 if chunk == 1024 else 4),
-            **constants,
-            KEY_STRIDE=key_stride,
-            BLOCK=block,
-            CHUNK=chunk,
-        )
+    num_tiles = sizes.expert_tiles.shape[0]
+    constants, programs = counting_constants(
+        pairs, top_k, num_experts, num_adapters, tile_rows, num_tiles
+    )
+    if pairs <= MAX_COUNTED_PAIRS and (groups + 1) * constants["KEY_STRIDE"] < 2**31:
+        num_warps = 8 if constants["SORT_CHUNK"] == 1024 else 4
+        how = Launch((programs,), num_warps=num_warps)
+        results = launch(sort_by_counting, inputs, outputs, refs, how, **constants)
     else:
         blocks = triton.cdiv(pairs, BLOCK_PAIRS)
         counts = [jax.ShapeDtypeStruct((blocks, groups), "int32")]
@@ -96,7 +81,13 @@ def sort_tokens(
             outputs,
             refs,
             Launch((blocks * (BLOCK_PAIRS // 64) + 1,), num_warps=8),
-            **constants,
+            PAIRS=pairs,
+            TOP_K=top_k,
+            NUM_EXPERTS=num_experts,
+            NUM_ADAPTERS=num_adapters,
+            TILE_ROWS=tile_rows,
+            NUM_TILES=num_tiles,
+            EXPERTS_POW2=constants["EXPERTS_POW2"],
             GROUPS=groups,
             BLOCK=BLOCK_PAIRS,
             PART=64,
@@ -104,6 +95,26 @@ def sort_tokens(
         )
     named = dict(zip(arrays, results, strict=True))
     return TokenSort(**named)
+
+
+def counting_constants(
+    pairs: int, top_k: int, num_experts: int, num_adapters: int, tile_rows: int, num_tiles: int
+) -> tuple[dict[str, int], int]:
+    """Compile-time parameters of the sort by counting, and how many programs it needs."""
+    key_stride = triton.next_power_of_2(pairs)
+    block = 16
+    return {
+        "PAIRS": pairs,
+        "TOP_K": top_k,
+        "NUM_EXPERTS": num_experts,
+        "NUM_ADAPTERS": num_adapters,
+        "TILE_ROWS": tile_rows,
+        "NUM_TILES": num_tiles,
+        "EXPERTS_POW2": max(triton.next_power_of_2(num_experts), 16),
+        "KEY_STRIDE": key_stride,
+        "SORT_BLOCK": block,
+        "SORT_CHUNK": min(max(key_stride, 16), 1024),
+    }, triton.cdiv(pairs, block) + 1
 
 
 @triton.jit
@@ -180,6 +191,36 @@ def sort_by_counting(
     NUM_TILES: tl.constexpr,
     EXPERTS_POW2: tl.constexpr,
     KEY_STRIDE: tl.constexpr,
+    SORT_BLOCK: tl.constexpr,
+    SORT_CHUNK: tl.constexpr,
+):
+    """See :func:`count_and_place`."""
+    count_and_place(
+        tl.program_id(0), experts_ptr, adapters_ptr, num_tokens_ptr,
+        order_ptr, row_of_pair_ptr, tiles_ptr, group_of_row_ptr,
+        PAIRS, TOP_K, NUM_EXPERTS, NUM_ADAPTERS, TILE_ROWS, NUM_TILES, EXPERTS_POW2, KEY_STRIDE,
+        SORT_BLOCK, SORT_CHUNK,
+    )  # fmt: skip
+
+
+@triton.jit
+def count_and_place(
+    program,
+    experts_ptr,
+    adapters_ptr,
+    num_tokens_ptr,
+    order_ptr,
+    row_of_pair_ptr,
+    tiles_ptr,
+    group_of_row_ptr,
+    PAIRS: tl.constexpr,
+    TOP_K: tl.constexpr,
+    NUM_EXPERTS: tl.constexpr,
+    NUM_ADAPTERS: tl.constexpr,
+    TILE_ROWS: tl.constexpr,
+    NUM_TILES: tl.constexpr,
+    EXPERTS_POW2: tl.constexpr,
+    KEY_STRIDE: tl.constexpr,
     BLOCK: tl.constexpr,
     CHUNK: tl.constexpr,
 ):
@@ -187,7 +228,7 @@ def sort_by_counting(
     LAST: tl.constexpr = NUM_EXPERTS * (NUM_ADAPTERS + 1)
     num_tokens = tl.load(num_tokens_ptr)
     chunk = tl.arange(0, CHUNK)
-    if tl.program_id(0) == 0:
+    if program == 0:
         counts = tl.zeros([EXPERTS_POW2], tl.int32)
         for start in range(0, PAIRS, CHUNK):
             pair = start + chunk
@@ -196,7 +237,7 @@ def sort_by_counting(
             counts += tl.histogram(expert, EXPERTS_POW2, mask=real)
         write_expert_tiles(counts, tiles_ptr, NUM_EXPERTS, TILE_ROWS, NUM_TILES, EXPERTS_POW2)
     else:
-        pair = (tl.program_id(0) - 1) * BLOCK + tl.arange(0, BLOCK)
+        pair = (program - 1) * BLOCK + tl.arange(0, BLOCK)
         group = group_of_pairs(
             pair, experts_ptr, adapters_ptr, num_tokens, PAIRS, TOP_K, NUM_ADAPTERS, LAST
         )

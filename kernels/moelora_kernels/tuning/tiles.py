@@ -25,23 +25,8 @@ SHARED_MEMORY = {
 }
 
 
-@dataclass(frozen=True)
-class GemmTiles:
-    """Launch parameters of a grouped matrix product.
-
-    Attributes:
-        block_n: output columns of a program.
-        block_k: summed columns of one step.
-        num_warps: warps per program.
-        num_stages: steps whose loads are in flight.
-        stack: pages of adapters that are multiplied at once.
-    """
-
-    block_n: int
-    block_k: int
-    num_warps: int
-    num_stages: int
-    stack: int = 4
+#: Pairs up to which a layer is one launch, by the rule.
+ONE_LAUNCH_PAIRS = 256
 
 
 @dataclass(frozen=True)
@@ -64,6 +49,33 @@ class ShrinkTiles:
 
 
 @dataclass(frozen=True)
+class GemmTiles:
+    """Launch parameters of a grouped matrix product.
+
+    Attributes:
+        block_n: output columns of a program.
+        block_k: summed columns of one step.
+        num_warps: warps per program.
+        num_stages: steps whose loads are in flight.
+        stack: pages of adapters that are multiplied at once.
+        shrink: of the launch before that makes the rank activations; None has programs of the same
+            launch make them, one for each row, which is best for few rows.
+    """
+
+    block_n: int
+    block_k: int
+    num_warps: int
+    num_stages: int
+    stack: int = 4
+    shrink: ShrinkTiles | None = None
+
+    @classmethod
+    def from_json(cls, fields: dict[str, Any]) -> "GemmTiles":
+        shrink = fields["shrink"]
+        return cls(**fields | {"shrink": shrink and ShrinkTiles(**shrink)})
+
+
+@dataclass(frozen=True)
 class MoeTiles:
     """All that one MoE layer needs.
 
@@ -71,15 +83,14 @@ class MoeTiles:
         tile_rows: rows of a tile of the sort.
         gate_up: of :func:`moelora_kernels.gate_up`.
         down: of :func:`moelora_kernels.down`.
-        gate_up_shrink: of the shrink before gate_up.
-        down_shrink: of the shrink before down.
+        one_launch: whether the layer is one launch, :func:`moelora_kernels.fused_experts`, as it is
+            for one token anyway. It has the warps and stages of ``gate_up``.
     """
 
     tile_rows: int
     gate_up: GemmTiles
     down: GemmTiles
-    gate_up_shrink: ShrinkTiles
-    down_shrink: ShrinkTiles
+    one_launch: bool = False
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -88,10 +99,9 @@ class MoeTiles:
     def from_json(cls, fields: dict[str, Any]) -> "MoeTiles":
         return cls(
             fields["tile_rows"],
-            GemmTiles(**fields["gate_up"]),
-            GemmTiles(**fields["down"]),
-            ShrinkTiles(**fields["gate_up_shrink"]),
-            ShrinkTiles(**fields["down_shrink"]),
+            GemmTiles.from_json(fields["gate_up"]),
+            GemmTiles.from_json(fields["down"]),
+            fields["one_launch"],
         )
 
 
@@ -111,14 +121,7 @@ def moe_tiles(
             counts = sorted(map(int, measured))
             nearest = max((count for count in counts if count <= tokens), default=counts[0])
             return MoeTiles.from_json(measured[str(nearest)])
-    tile_rows, gate_up, down = gemm_rule(rows, dtype)
-    return MoeTiles(
-        tile_rows,
-        gate_up,
-        down,
-        gate_up_shrink=shrink_rule(rows, hidden, dtype),
-        down_shrink=shrink_rule(rows, intermediate, dtype),
-    )
+    return MoeTiles(*gemm_rule(rows, dtype), one_launch=tokens * top_k <= ONE_LAUNCH_PAIRS)
 
 
 def gemm_rule(rows_per_expert: float, dtype: DTypeLike) -> tuple[int, GemmTiles, GemmTiles]:
@@ -138,6 +141,9 @@ def gemm_rule(rows_per_expert: float, dtype: DTypeLike) -> tuple[int, GemmTiles,
     else:
         tile_rows = 64 if rows_per_expert <= 96 else 128
         gate_up, down = GemmTiles(128, 64, 8, 4, stack=8), GemmTiles(256, 64, 8, 4, stack=8)
+    if rows_per_expert > 12:
+        shrink = _shrink_of_runs(rows_per_expert)
+        gate_up, down = replace(gate_up, shrink=shrink), replace(down, shrink=shrink)
     return tile_rows, _fit(gate_up, tile_rows, 2), _fit(down, tile_rows, 1)
 
 
@@ -152,11 +158,15 @@ def _fit(tiles: GemmTiles, tile_rows: int, matrices: int) -> GemmTiles:
 def shrink_rule(rows_per_expert: float, width: int, dtype: DTypeLike) -> ShrinkTiles:
     """Tiles of a shrink whose input has ``width`` columns."""
     if rows_per_expert > 12 and jnp.dtype(dtype) != jnp.float32:
-        slots = 8 if rows_per_expert < 128 else 4
-        return ShrinkTiles(block_k=256, num_warps=2, num_stages=3, run_rows=16, slots=slots)
+        return _shrink_of_runs(rows_per_expert)
     # Few programs: the wider the input, the more each must have in flight.
     block_k = 256 if width < 2048 else 512 if width < 4096 else 1024 if width < 8192 else 2048
     return ShrinkTiles(block_k, num_warps=max(4, block_k // 128), num_stages=1)
+
+
+def _shrink_of_runs(rows_per_expert: float) -> ShrinkTiles:
+    slots = 8 if rows_per_expert < 128 else 4
+    return ShrinkTiles(block_k=256, num_warps=2, num_stages=3, run_rows=16, slots=slots)
 
 
 def dense_tiles(tokens: int, width: int, dtype: DTypeLike) -> tuple[ShrinkTiles, GemmTiles]:

@@ -1,14 +1,17 @@
-"""The experts of one token in plain ``jax.numpy``: the general kernels, one after another."""
+"""The layer of a small batch in plain ``jax.numpy``: the general kernels, one after another."""
 
 from jax import Array
 
 from moelora_kernels.combine.api import combine
-from moelora_kernels.expert_lora.api import Activation, down, gate_up, shrink
+from moelora_kernels.expert_lora.api import Activation, down, gate_up
 from moelora_kernels.sort.api import sort_tokens
-from moelora_kernels.types import Buffer, ExpertPages
+from moelora_kernels.types import Buffer, ExpertPages, TokenSort
+
+#: Rows of a tile: few, as there are few rows of an expert.
+TILE_ROWS = 16
 
 
-def one_token_experts(
+def fused_experts(
     x: Array,
     experts: Array,
     weights: Array,
@@ -17,16 +20,20 @@ def one_token_experts(
     down_weight: Array,
     layer: Array,
     *,
+    gate_up_bias: Array | None,
+    down_bias: Array | None,
     activation: Activation,
     scaling: float,
     adapter_of_token: Array | None,
     pages: ExpertPages | None,
+    sort: TokenSort | None,
     gate_up_ranks: Buffer | None,
     hidden: Buffer | None,
     down_ranks: Buffer | None,
+    expert_out: Buffer | None,
     out: Buffer | None,
 ) -> Buffer:
-    """See :func:`moelora_kernels.one_token_experts`."""
+    """See :func:`moelora_kernels.fused_experts`."""
     num_experts, top_k = gate_up_weight.shape[1], experts.shape[1]
     sort = sort_tokens(
         experts,
@@ -34,56 +41,36 @@ def one_token_experts(
         num_tokens,
         num_experts=num_experts,
         num_adapters=0 if pages is None else pages.gate.num_adapters,
-        tile_rows=1,
+        tile_rows=TILE_ROWS,
+        out=sort,
         implementation="reference",
     )
-    z_gate_up = z_down = sites = None
-    if pages is not None:
-        sites = (pages.gate, pages.up)
-        z_gate_up = shrink(
-            x,
-            sort,
-            sites,
-            layer,
-            pairs=top_k,
-            tile_rows=1,
-            top_k=top_k,
-            out=gate_up_ranks,
-            implementation="reference",
-        )
     rows = gate_up(
         x,
         gate_up_weight,
         sort,
         layer,
         top_k=top_k,
-        tile_rows=1,
+        tile_rows=TILE_ROWS,
         activation=activation,
-        rank_activations=z_gate_up,
-        sites=sites,
+        bias=gate_up_bias,
+        sites=None if pages is None else (pages.gate, pages.up),
+        rank_activations=gate_up_ranks,
         out=hidden,
         implementation="reference",
     )
-    if pages is not None:
-        z_down = shrink(
-            rows,
-            sort,
-            (pages.down,),
-            layer,
-            pairs=top_k,
-            tile_rows=1,
-            out=down_ranks,
-            implementation="reference",
-        )
     outputs = down(
         rows,
         down_weight,
         sort,
         layer,
-        pairs=top_k,
-        tile_rows=1,
-        rank_activations=z_down,
+        pairs=experts.size,
+        tile_rows=TILE_ROWS,
+        bias=down_bias,
         site=None if pages is None else pages.down,
+        rank_activations=down_ranks,
+        dtype=x.dtype,
+        out=expert_out,
         implementation="reference",
     )
     return combine(

@@ -1,0 +1,302 @@
+"""A whole MoE layer of a small batch in one Triton launch.
+
+The programs of the launch have six tasks, in this order: the sort, the shrink before gate_up,
+gate_up, the shrink before down, down, and combine. Each is the program of the kernel that does the
+task alone, and first waits for the programs of the task before; see :func:`wait_for` in
+:mod:`moelora_kernels.expert_lora.triton` for why that is safe. With few tokens a layer takes so
+little time that the starts and ends of separate launches, at which the memory is idle, matter.
+"""
+
+from typing import Any
+
+import jax.numpy as jnp
+import triton
+import triton.language as tl
+from jax import Array
+
+from moelora_kernels.backend import Launch, launch, scalar
+from moelora_kernels.buffers import new_buffer
+from moelora_kernels.combine.triton import sum_experts
+from moelora_kernels.expert_lora.triton import (
+    clear,
+    down_tile,
+    gate_up_tile,
+    leave,
+    product_constants,
+    shrink_for_down,
+    shrink_for_gate_up,
+    signal,
+    wait_for,
+)
+from moelora_kernels.sort.api import token_sort_shapes
+from moelora_kernels.sort.triton import count_and_place, counting_constants
+from moelora_kernels.tuning.tiles import MoeTiles
+from moelora_kernels.types import SIGNALS, Buffer, ExpertPages, TokenSort
+
+
+def fused_experts(
+    x: Array,
+    experts: Array,
+    weights: Array,
+    num_tokens: Array,
+    gate_up_weight: Array,
+    down_weight: Array,
+    layer: Array,
+    *,
+    gate_up_bias: Array | None,
+    down_bias: Array | None,
+    activation: str,
+    scaling: float,
+    adapter_of_token: Array | None,
+    pages: ExpertPages | None,
+    sort: TokenSort | None,
+    gate_up_ranks: Buffer | None,
+    hidden: Buffer | None,
+    down_ranks: Buffer | None,
+    expert_out: Buffer | None,
+    signals: Buffer | None,
+    out: Buffer | None,
+    tiles: MoeTiles,
+) -> Buffer:
+    """See :func:`moelora_kernels.fused_experts`."""
+    tokens, top_k = experts.shape
+    pairs = tokens * top_k
+    _, num_experts, _, inner, width = gate_up_weight.shape
+    num_adapters = 0 if pages is None else pages.gate.num_adapters
+
+    def buffer(given: Buffer | None, shape: tuple[int, ...], dtype: Any = x.dtype) -> Any:
+        return new_buffer(shape, dtype) if given is None else given
+
+    shapes = token_sort_shapes(
+        tokens,
+        top_k,
+        num_experts=num_experts,
+        num_adapters=num_adapters,
+        tile_rows=tiles.tile_rows,
+    )
+    sorted_pairs = [
+        buffer(sort and getattr(sort, name), getattr(shapes, name).shape, jnp.int32)
+        for name in ("order", "row_of_pair", "expert_tiles", "group_of_row")
+    ]
+    ranks: list[Any] = [None, None]
+    factors: tuple[Any, ...] = (None,) * 12
+    shrinks = 0
+    if pages is not None:
+        max_rank = pages.gate.max_rank
+        ranks = [buffer(gate_up_ranks, (2, pairs, max_rank))]
+        ranks.append(buffer(down_ranks, (1, pairs, max_rank)))
+        factors = tuple(array for site in pages for array in site)
+        shrinks = pairs
+    products = {
+        "GATE_UP": product_constants(
+            x, tiles.gate_up, tiles.tile_rows, num_experts, pages and pages[:2], ranks[0]
+        ),
+        "DOWN": product_constants(
+            hidden_like := buffer(hidden, (pairs, inner)),
+            tiles.down,
+            tiles.tile_rows,
+            num_experts,
+            pages and pages[2:],
+            ranks[1],
+        ),
+    }
+    both = products["GATE_UP"]
+    own = ("BLOCK_N", "BLOCK_K", "SHRINK_K", "SLOTS", "PAGES", "Z_ROWS", "Z_COLUMNS")
+    constants = {name: value for name, value in both.items() if name not in own}
+    for prefix, values in products.items():
+        constants |= {f"{prefix}_{name}": values[name] for name in own}
+    sorting, sorts = counting_constants(
+        pairs, top_k, num_experts, num_adapters, tiles.tile_rows, sorted_pairs[2].shape[0]
+    )
+    num_tiles = pairs // tiles.tile_rows + min(pairs, num_experts)
+    gate_ups = num_tiles * triton.cdiv(inner, tiles.gate_up.block_n)
+    downs = num_tiles * triton.cdiv(width, tiles.down.block_n)
+    combine_block = min(triton.next_power_of_2(width), 1024)
+    combines = tokens * triton.cdiv(width, combine_block)
+    total = buffer(out, (tokens, width))
+    launch(
+        layer_in_one_launch,
+        (
+            *(x, experts, weights, adapter_of_token, scalar(num_tokens), scalar(layer)),
+            *(gate_up_weight, gate_up_bias, down_weight, down_bias, *factors),
+            *([None, None] if pages is None else []),
+        ),
+        (),
+        [
+            *([] if pages is None else ranks),
+            *sorted_pairs,
+            hidden_like,
+            buffer(expert_out, (pairs, width)),
+            buffer(signals, SIGNALS, jnp.int32),
+            total,
+        ],
+        Launch(
+            (sorts + 3 * shrinks + gate_ups + downs + combines,),
+            num_warps=tiles.gate_up.num_warps,
+            num_stages=tiles.gate_up.num_stages,
+        ),
+        HIDDEN=width,
+        INTERMEDIATE=inner,
+        ACTIVATION=activation,
+        SCALING=float(scaling),
+        COMBINE_BLOCK=combine_block,
+        SORTS=sorts,
+        SHRINKS=shrinks,
+        GATE_UPS=gate_ups,
+        DOWNS=downs,
+        COMBINES=combines,
+        SIGNALS=SIGNALS[0],
+        **constants | sorting,
+    )
+    return total[...] if out is None else out
+
+
+@triton.jit
+def layer_in_one_launch(
+    x_ptr,
+    experts_ptr,
+    weights_ptr,
+    adapters_ptr,
+    num_tokens_ptr,
+    layer_ptr,
+    gate_up_weight_ptr,
+    gate_up_bias_ptr,
+    down_weight_ptr,
+    down_bias_ptr,
+    gate_a_ptr,
+    gate_b_ptr,
+    gate_table_ptr,
+    gate_scaling_ptr,
+    up_a_ptr,
+    up_b_ptr,
+    up_table_ptr,
+    up_scaling_ptr,
+    down_a_ptr,
+    down_b_ptr,
+    down_table_ptr,
+    down_scaling_ptr,
+    gate_up_z_ptr,
+    down_z_ptr,
+    order_ptr,
+    row_of_pair_ptr,
+    tiles_ptr,
+    group_ptr,
+    hidden_ptr,
+    expert_out_ptr,
+    signals_ptr,
+    out_ptr,
+    HIDDEN: tl.constexpr,
+    INTERMEDIATE: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+    SCALING: tl.constexpr,
+    COMBINE_BLOCK: tl.constexpr,
+    SORTS: tl.constexpr,
+    SHRINKS: tl.constexpr,
+    GATE_UPS: tl.constexpr,
+    DOWNS: tl.constexpr,
+    COMBINES: tl.constexpr,
+    SIGNALS: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    PRECISION: tl.constexpr,
+    MAX_PAGES: tl.constexpr,
+    PAGE_LANES: tl.constexpr,
+    PAGE_ROWS: tl.constexpr,
+    GATE_UP_BLOCK_N: tl.constexpr,
+    GATE_UP_BLOCK_K: tl.constexpr,
+    GATE_UP_SHRINK_K: tl.constexpr,
+    GATE_UP_SLOTS: tl.constexpr,
+    GATE_UP_PAGES: tl.constexpr,
+    GATE_UP_Z_ROWS: tl.constexpr,
+    GATE_UP_Z_COLUMNS: tl.constexpr,
+    DOWN_BLOCK_N: tl.constexpr,
+    DOWN_BLOCK_K: tl.constexpr,
+    DOWN_SHRINK_K: tl.constexpr,
+    DOWN_SLOTS: tl.constexpr,
+    DOWN_PAGES: tl.constexpr,
+    DOWN_Z_ROWS: tl.constexpr,
+    DOWN_Z_COLUMNS: tl.constexpr,
+    PAIRS: tl.constexpr,
+    TOP_K: tl.constexpr,
+    NUM_EXPERTS: tl.constexpr,
+    NUM_ADAPTERS: tl.constexpr,
+    TILE_ROWS: tl.constexpr,
+    NUM_TILES: tl.constexpr,
+    EXPERTS_POW2: tl.constexpr,
+    KEY_STRIDE: tl.constexpr,
+    SORT_BLOCK: tl.constexpr,
+    SORT_CHUNK: tl.constexpr,
+):
+    """The task of each program follows from its number."""
+    # Programs that have left, and programs that are done with each task.
+    sorted_ptr, shrunk_ptr, gated_ptr = signals_ptr + 1, signals_ptr + 2, signals_ptr + 3
+    down_shrunk_ptr, down_done_ptr = signals_ptr + 4, signals_ptr + 5
+    layer = tl.load(layer_ptr)
+    program = tl.program_id(0)
+    GATE_UP_SHRUNK: tl.constexpr = SORTS + 2 * SHRINKS
+    GATED: tl.constexpr = GATE_UP_SHRUNK + GATE_UPS
+    DOWN_SHRUNK: tl.constexpr = GATED + SHRINKS
+    DONE: tl.constexpr = DOWN_SHRUNK + DOWNS
+    if program < SORTS:
+        count_and_place(
+            program, experts_ptr, adapters_ptr, num_tokens_ptr,
+            order_ptr, row_of_pair_ptr, tiles_ptr, group_ptr,
+            PAIRS, TOP_K, NUM_EXPERTS, NUM_ADAPTERS, TILE_ROWS, NUM_TILES, EXPERTS_POW2,
+            KEY_STRIDE, SORT_BLOCK, SORT_CHUNK,
+        )  # fmt: skip
+        signal(sorted_ptr)
+    elif program < GATE_UP_SHRUNK:
+        if SHRINKS > 0:
+            wait_for(sorted_ptr, SORTS)
+            shrink_for_gate_up(
+                program - SORTS, x_ptr, layer, group_ptr, order_ptr,
+                gate_a_ptr, gate_table_ptr, gate_scaling_ptr,
+                up_a_ptr, up_table_ptr, up_scaling_ptr, gate_up_z_ptr,
+                HIDDEN, TOP_K, NUM_EXPERTS, NUM_ADAPTERS, MAX_PAGES, PAGE_LANES, PAGE_ROWS,
+                GATE_UP_Z_ROWS, GATE_UP_Z_COLUMNS, GATE_UP_SHRINK_K,
+            )  # fmt: skip
+            signal(shrunk_ptr)
+    elif program < GATED:
+        wait_for(sorted_ptr, SORTS)
+        gate_up_tile(
+            program - GATE_UP_SHRUNK, x_ptr, gate_up_weight_ptr, gate_up_bias_ptr, layer,
+            tiles_ptr, group_ptr, order_ptr, gate_b_ptr, gate_table_ptr, up_b_ptr, up_table_ptr,
+            gate_up_z_ptr, shrunk_ptr, hidden_ptr,
+            HIDDEN, INTERMEDIATE, TOP_K, ACTIVATION, NUM_EXPERTS, BLOCK_M, GATE_UP_BLOCK_N,
+            GATE_UP_BLOCK_K, PRECISION, 2 * SHRINKS, NUM_ADAPTERS, MAX_PAGES, PAGE_ROWS,
+            GATE_UP_Z_ROWS, GATE_UP_Z_COLUMNS, GATE_UP_SLOTS, GATE_UP_PAGES,
+        )  # fmt: skip
+        signal(gated_ptr)
+    elif program < DOWN_SHRUNK:
+        if SHRINKS > 0:
+            wait_for(gated_ptr, GATE_UPS)
+            shrink_for_down(
+                program - GATED, hidden_ptr, layer, group_ptr,
+                down_a_ptr, down_table_ptr, down_scaling_ptr, down_z_ptr,
+                INTERMEDIATE, NUM_EXPERTS, NUM_ADAPTERS, MAX_PAGES, PAGE_LANES, PAGE_ROWS,
+                DOWN_Z_ROWS, DOWN_Z_COLUMNS, DOWN_SHRINK_K,
+            )  # fmt: skip
+            signal(down_shrunk_ptr)
+    elif program < DONE:
+        wait_for(gated_ptr, GATE_UPS)
+        down_tile(
+            program - DOWN_SHRUNK, hidden_ptr, down_weight_ptr, down_bias_ptr, layer,
+            tiles_ptr, group_ptr, down_b_ptr, down_table_ptr, down_z_ptr, down_shrunk_ptr,
+            expert_out_ptr,
+            HIDDEN, INTERMEDIATE, NUM_EXPERTS, BLOCK_M, DOWN_BLOCK_N, DOWN_BLOCK_K, PRECISION,
+            SHRINKS, NUM_ADAPTERS, MAX_PAGES, PAGE_ROWS, DOWN_Z_COLUMNS, DOWN_SLOTS, DOWN_PAGES,
+        )  # fmt: skip
+        signal(down_done_ptr)
+    else:
+        wait_for(down_done_ptr, DOWNS)
+        BLOCKS: tl.constexpr = (HIDDEN + COMBINE_BLOCK - 1) // COMBINE_BLOCK
+        sum_experts(
+            (program - DONE) // BLOCKS, (program - DONE) % BLOCKS,
+            expert_out_ptr, weights_ptr, row_of_pair_ptr, out_ptr,
+            HIDDEN, TOP_K, SCALING, COMBINE_BLOCK,
+        )  # fmt: skip
+        if leave(signals_ptr, COMBINES):
+            # A batch of the base model waits for no shrink.
+            if SHRINKS > 0:
+                wait_for(shrunk_ptr, 2 * SHRINKS)
+                wait_for(down_shrunk_ptr, SHRINKS)
+            clear(signals_ptr, SIGNALS)
