@@ -1,11 +1,14 @@
 """The serving engine from outside: streams, threads and loops, cancellation, shutdown."""
 
 import asyncio
+import threading
+from collections import Counter
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
-from moelora_jax import LLM, CapacityError, Prompt, RequestError
+from moelora_jax import LLM, CapacityError, MoeLoraError, Prompt, RequestError
 from moelora_jax.engine.async_engine import AsyncEngine
 from moelora_jax.engine.requests import Request, TokenOutput
 from moelora_jax.engine.stream import Stream
@@ -87,7 +90,7 @@ def test_bad_requests_are_refused_at_once(engine: AsyncEngine) -> None:
 def test_a_full_queue_refuses(engine: AsyncEngine) -> None:
     streams = []
     with pytest.raises(QueueFullError, match="8 requests are waiting"):
-        for _ in range(30):
+        for _ in range(100):
             streams.append(engine.submit(Request((1, 2), max_new_tokens=46)))
     for stream in streams:
         stream.cancel()
@@ -118,3 +121,101 @@ def test_shutdown_drains_or_cancels(llm: LLM) -> None:
         assert reasons == {reason}
         with pytest.raises(RequestError, match="not running"):
             engine.submit(Request((1,)))
+
+
+def test_a_burst_of_many_times_the_capacity(llm: LLM) -> None:
+    """Consumers on two event loops and a thread; some give up. Nothing is lost, counters add up."""
+    engine = AsyncEngine(llm, max_waiting=3000)
+    engine.start()
+    streams = [engine.submit(Request((n % 60, 1), "ab"[n % 2], 2)) for n in range(2000)]
+    for stream in streams[5::2]:
+        stream.cancel()
+    results: list[list[list[TokenOutput]]] = []
+
+    async def read(part: list[Stream]) -> list[list[TokenOutput]]:
+        return await asyncio.gather(*(collect(stream) for stream in part))
+
+    threads = [
+        threading.Thread(target=lambda part=part: results.append(asyncio.run(read(part))))
+        for part in (streams[:700], streams[700:1400])
+    ]
+    threads.append(
+        threading.Thread(target=lambda: results.append([list(stream) for stream in streams[1400:]]))
+    )
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(timeout=120)
+    outputs = [out for part in results for out in part]
+    assert len(outputs) == 2000
+    reasons = Counter(out[-1].finish_reason for out in outputs)
+    assert reasons["length"] >= 1002 and reasons["length"] + reasons["cancelled"] == 2000
+    for out in outputs:
+        assert [token.finish_reason for token in out[:-1]] == [None] * (len(out) - 1)
+        assert len(out) == 2 or out[-1].finish_reason == "cancelled"
+    asyncio.run(engine.shutdown(drain=True, timeout=None))
+    stats = engine.stats()
+    assert stats.finished == reasons and stats.submitted == 2000
+    assert stats.generated_tokens == sum(token.token >= 0 for out in outputs for token in out)
+    assert sum(traffic.requests for traffic in stats.by_adapter.values()) == 2000
+    assert (stats.waiting, stats.running, stats.kv_blocks_used) == (0, 0, 0)
+    assert stats.compilations == stats.address_changes == stats.unplanned_reads == 0
+
+
+def test_a_failed_load_changes_nothing(engine: AsyncEngine, llm: LLM, tmp_path: Path) -> None:
+    before, loads = engine.adapters(), engine.stats().adapter_loads
+    too_large = random_adapter(llm.config, 1, rank=33)
+    for adapter, error in ((too_large, CapacityError), (tmp_path / "nothing", MoeLoraError)):
+        with pytest.raises(error):
+            asyncio.run(engine.load_adapter("a", adapter))
+    assert engine.adapters() == before
+    assert len(list(engine.submit(Request((1,), "a", 3)))) == 3
+    assert engine.stats().adapter_loads == loads
+
+
+def test_pinned_adapters_stay_until_they_are_unpinned(engine: AsyncEngine, llm: LLM) -> None:
+    adapter = random_adapter(llm.config, 3)
+    asyncio.run(engine.load_adapter("p", adapter, pin=True))
+    list(engine.submit(Request((1,), "p", 2)))
+    with pytest.raises(RequestError, match="is pinned"):
+        asyncio.run(engine.unload_adapter("p"))
+    asyncio.run(engine.pin_adapter("p", pinned=False))
+    asyncio.run(engine.unload_adapter("p"))
+    for pinned in (True, False):
+        with pytest.raises(RequestError, match="'p' is not loaded"):
+            asyncio.run(engine.pin_adapter("p", pinned))
+
+
+def test_a_failed_step_ends_its_streams_with_the_error(
+    llm: LLM, engine: AsyncEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object) -> None:
+        raise RuntimeError("out of memory")
+
+    expected = [output.token for output in engine.submit(Request((7, 8), "a", 4))]
+    with monkeypatch.context() as patched:
+        patched.setattr(llm.runner, "run", fail)
+        with pytest.raises(MoeLoraError, match="a step failed: out of memory"):
+            list(engine.submit(Request((1, 2), max_new_tokens=4)))
+    assert [output.token for output in engine.submit(Request((7, 8), "a", 4))] == expected
+    assert engine.stats().finished == {"length": 2, "error": 1}
+
+
+def test_the_end_of_the_device_thread_leaves_nobody_waiting(
+    llm: LLM, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    engine = AsyncEngine(llm)
+    engine.start()
+    stream = engine.submit(Request((1, 2), max_new_tokens=40))
+    next(stream)
+    monkeypatch.setattr(engine, "_step", lambda: 1 / 0)
+    with pytest.raises(MoeLoraError, match="the engine has stopped: division by zero"):
+        list(stream)
+    assert not engine.is_running
+    assert "ZeroDivisionError" in caplog.text
+    with pytest.raises(RequestError, match="not running"):
+        engine.submit(Request((1,)))
+    with pytest.raises(RequestError, match="not running"):
+        asyncio.run(engine.unload_adapter("a"))
+    for _ in range(2):
+        asyncio.run(engine.shutdown(drain=True, timeout=None))

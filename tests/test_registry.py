@@ -362,3 +362,105 @@ def test_any_history(operations: list[tuple], limit: int | None) -> None:
         assert sum(usage.used_bytes for usage in adapters.pool.usage()) == sum(
             adapters.info(name).device_bytes for name in resident
         )
+
+
+# --- Versions ---
+
+
+def test_a_held_version_keeps_its_slot_through_reloads_and_unloading() -> None:
+    adapters = registry()
+    adapters.load("a", adapter(value=1.0))
+    old = adapters.current("a")
+    adapters.hold(old)
+    adapters.load("a", adapter(value=2.0))
+    new = adapters.current("a")
+    assert (old.slot, new.slot) == (0, 1) and new.number > old.number
+    assert adapters.resident() == {"a": 1}
+    adapters.hold(new)
+    adapters.load("a", adapter(value=3.0))  # no slot is left
+    assert adapters.info("a").slot is None
+    adapters.unload("a")
+    assert [value_in_slot(adapters.pool, slot) for slot in (0, 1)] == [1.0, 2.0]
+    adapters.release(old)
+    assert adapters.pool.free_slots() == [0] and value_in_slot(adapters.pool, 1) == 2.0
+    adapters.release(new)
+    assert adapters.pool.free_slots() == [0, 1] and adapters.names() == ()
+
+
+def test_held_adapters_are_not_evicted_and_holding_counts_as_use() -> None:
+    adapters = registry()
+    for name in "ab":
+        adapters.load(name, adapter())
+    a = adapters.current("a")
+    adapters.hold(a)
+    assert adapters.names() == ("b", "a")
+    adapters.load("c", adapter())
+    assert adapters.resident() == {"a": 0, "c": 1}
+    adapters.hold(adapters.current("c"))
+    before = snapshot(adapters)
+    with pytest.raises(CapacityError, match="pinned or in use"):
+        adapters.acquire(["b"])
+    assert snapshot(adapters) == before
+    assert adapters.never_fits("b") is None
+    adapters.release(a)
+    assert adapters.acquire(["b"]) == [0]
+
+
+def test_an_installed_adapter_is_written_in_pieces() -> None:
+    adapters = registry()
+    pool = adapters.pool
+    pool._chunk_pages = dict.fromkeys(pool.pools, 3)
+    adapters.install("a", pool.pack(adapter(rank=64, value=2.0)))  # 16 pages, 8 of each width
+    assert adapters.names() == ("a",) and adapters.resident() == {}
+    adapters.start_write("a")
+    for _ in range(2 * 3):
+        assert adapters.continue_write() is None
+        assert adapters.is_writing and adapters.resident() == {}
+        assert (np.asarray(pool.device_state()["up_proj"].table) == -1).all()
+    assert adapters.continue_write() is adapters.current("a")
+    assert not adapters.is_writing and adapters.continue_write() is None
+    assert adapters.resident() == {"a": 0} and value_in_slot(pool, 0) == 2.0
+    assert adapters.counters.device_writes == 1
+
+
+@pytest.mark.parametrize("action", ["reload", "unload", "load other", "acquire"])
+def test_what_happens_to_a_write_in_progress(action: str) -> None:
+    adapters = registry()
+    adapters.pool._chunk_pages = dict.fromkeys(adapters.pool.pools, 1)
+    adapters.install("a", adapters.pool.pack(adapter(value=2.0)))
+    adapters.start_write("a")
+    adapters.continue_write()
+    if action == "reload":
+        adapters.install("a", adapters.pool.pack(adapter(value=3.0)))
+        assert adapters.pool.free_slots() == [0, 1] and not adapters.is_writing
+        assert adapters.acquire(["a"]) == [0] and value_in_slot(adapters.pool, 0) == 3.0
+    elif action == "unload":
+        adapters.unload("a")
+        assert adapters.pool.free_slots() == [0, 1] and not adapters.is_writing
+        assert all(usage.used_pages == 0 for usage in adapters.pool.usage())
+    else:  # These finish it first.
+        if action == "acquire":
+            assert adapters.acquire(["a"]) == [0]
+        else:
+            adapters.load("b", adapter(value=4.0))
+            assert adapters.resident() == {"a": 0, "b": 1}
+        assert value_in_slot(adapters.pool, 0) == 2.0
+
+
+def test_a_pinned_version_waits_for_the_one_that_is_held() -> None:
+    adapters = registry()
+    adapters.load("a", adapter(rank=64), pin=True)
+    old = adapters.current("a")
+    adapters.hold(old)
+    packed = adapters.pool.pack(adapter(rank=64, value=2.0))
+    adapters.install("a", packed)
+    assert adapters.info("a").pinned and adapters.info("a").slot is None
+    with pytest.raises(CapacityError, match="pinned or in use"):
+        adapters.start_write("a")
+    with pytest.raises(CapacityError, match="b do not fit"):
+        adapters.install("b", packed, pin=True)  # never beside the pinned a
+    assert "b" not in adapters
+    adapters.release(old)
+    adapters.start_write("a")
+    adapters.finish_write()
+    assert value_in_slot(adapters.pool, 0) == 2.0

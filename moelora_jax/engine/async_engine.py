@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import logging
 import queue
 import threading
 import time
@@ -28,6 +29,8 @@ from moelora_jax.engine.sequence import Sequence
 from moelora_jax.engine.stream import Stream, Waiter, wake
 from moelora_jax.errors import MoeLoraError, QueueFullError, RequestError
 
+_log = logging.getLogger("moelora.engine")
+
 #: How long the device thread sleeps when all sequences wait for something, in seconds.
 _PAUSE = 0.001
 
@@ -49,7 +52,7 @@ class AsyncEngine:
 
     Args:
         llm: the model; between :meth:`start` and :meth:`shutdown` nothing else may use it.
-        max_waiting: requests that may wait; more are refused.
+        max_waiting: requests that may wait beside as many as can run; more are refused.
     """
 
     def __init__(self, llm: LLM, *, max_waiting: int = 1024) -> None:
@@ -64,9 +67,11 @@ class AsyncEngine:
         self._ended: Counter[str] = Counter()
         self._generated: Counter[str | None] = Counter()
         self._address_changes = 0
+        self._written = (-1, -1)  # Writes and evictions of adapters that were published.
         # Under the lock.
         self._lock = threading.Lock()
         self._accepting = False
+        self._closed = True  # Whether nobody answers calls.
         self._requests: Counter[str | None] = Counter()
         self._prompt_tokens: Counter[str | None] = Counter()
         # Replaced as a whole by the device thread.
@@ -81,7 +86,7 @@ class AsyncEngine:
         self._addresses = self._llm.runner.addresses()
         self._publish_adapters()
         self._publish_stats()
-        self._accepting = True
+        self._accepting, self._closed = True, False
         self._thread = threading.Thread(target=self._serve, name="moelora-device", daemon=True)
         self._thread.start()
 
@@ -94,15 +99,15 @@ class AsyncEngine:
         """
         with self._lock:
             self._accepting = False
-        if self._thread is None:
+        if self._thread is None or self._closed:
             return
         deadline = None if timeout is None else time.monotonic() + timeout
-        while drain and (deadline is None or time.monotonic() < deadline):
+        while drain and not self._closed and (deadline is None or time.monotonic() < deadline):
             stats = self.stats()
             if not stats.waiting and not stats.running:
                 break
             await asyncio.sleep(0.01)
-        self._calls.put(self._stop)
+        self._call(self._stop)
         await asyncio.to_thread(self._thread.join)
 
     def submit(self, request: Request) -> Stream:
@@ -133,11 +138,13 @@ class AsyncEngine:
             deadline=None if timeout is None else time.monotonic() + timeout,
         )
         end = self._engine.scheduler.end
-        stream = Stream(request, lambda: self._calls.put(lambda: end(sequence, "cancelled")))
+        stream = Stream(request, lambda: self._call(lambda: end(sequence, "cancelled")))
         with self._lock:
             if not self._accepting:
                 raise RequestError("the engine is not running, or is shutting down")
-            if self._num_waiting() >= self.max_waiting:
+            # Those that could run may not have been seated yet.
+            seats = self._llm.runtime.buckets.max_sequences
+            if self._num_waiting() + self._num_running() >= self.max_waiting + seats:
                 raise QueueFullError(
                     f"{self.max_waiting} requests are waiting; try again later or raise max_waiting"
                 )
@@ -191,6 +198,32 @@ class AsyncEngine:
 
         await self._on_device_thread(unload)
 
+    async def pin_adapter(self, name: str, pinned: bool = True) -> None:
+        """Keep an adapter on the device from when it is there next, or let it leave again.
+
+        Raises:
+            RequestError: it is not loaded.
+            CapacityError: it does not fit on the device beside the other pinned adapters.
+        """
+
+        def pin() -> None:
+            registry = self._llm.runner.registry
+            if not pinned:
+                registry.unpin(name)
+            elif error := registry.never_fits(name):
+                raise error
+            else:
+                registry.current(name).pinned = True
+                self._engine.residency.installed(name)
+            self._publish_adapters()
+
+        await self._on_device_thread(pin)
+
+    @property
+    def is_running(self) -> bool:
+        """Whether requests are accepted."""
+        return self._accepting
+
     def adapters(self) -> list[AdapterInfo]:
         """The loaded adapters, least recently used first."""
         return list(self._infos.values())
@@ -221,15 +254,25 @@ class AsyncEngine:
         """Under the lock: requests that were accepted, and neither run nor have ended."""
         assert self._stats is not None
         ended = sum(self._stats.finished.values())
-        return sum(self._requests.values()) - ended - self._stats.running
+        return sum(self._requests.values()) - ended - self._num_running()
+
+    def _num_running(self) -> int:
+        return 0 if self._stats is None else self._stats.running
+
+    def _call(self, function: Callable[[], None]) -> bool:
+        """Have the device thread call a function between two steps; False if it has ended."""
+        with self._lock:
+            if not self._closed:
+                self._calls.put(function)
+            return not self._closed
 
     async def _on_device_thread(self, function: Callable[[], None]) -> None:
-        """Have the device thread call a function between two steps."""
-        if self._thread is None or not self._thread.is_alive():
-            raise RequestError("the engine is not running")
+        """As :meth:`_call`, and wait for it."""
         future: Future[None] = Future()
 
         def call() -> None:
+            if not future.set_running_or_notify_cancel():
+                return  # Whoever asked is gone.
             try:
                 function()
             except BaseException as error:
@@ -237,26 +280,44 @@ class AsyncEngine:
             else:
                 future.set_result(None)
 
-        self._calls.put(call)
+        if not self._call(call):
+            raise RequestError("the engine is not running")
         await asyncio.wrap_future(future)
 
     # What follows runs on the device thread.
 
     def _serve(self) -> None:
-        while not self._stopping:
-            self._run_calls()
-            outputs: list[Output] = []
-            failure: MoeLoraError | None = None
-            try:
-                outputs = self._engine.step()
-            except Exception as error:
-                failure = MoeLoraError(f"a step failed: {error}")
-            self._deliver(outputs, self._engine.scheduler.collect_ended(), failure)
-        # Calls that came too late find no requests, but must not be left without an answer.
+        failure: MoeLoraError | None = None
+        try:
+            while not self._stopping:
+                self._run_calls()
+                self._step()
+        except BaseException as error:
+            _log.critical("the engine has stopped", exc_info=True)
+            failure = MoeLoraError(f"the engine has stopped: {error}")
+        finally:
+            self._close(failure)
+
+    def _step(self) -> None:
+        outputs: list[Output] = []
+        failure: MoeLoraError | None = None
+        try:
+            outputs = self._engine.step()
+        except Exception as error:
+            _log.error("a step failed", exc_info=True)
+            failure = MoeLoraError(f"a step failed: {error}")
+        self._deliver(outputs, self._engine.scheduler.collect_ended(), failure)
+
+    def _close(self, failure: MoeLoraError | None) -> None:
+        """End what is left; from here on nobody answers calls."""
+        with self._lock:
+            self._accepting, self._closed = False, True
+        self._stopping = True
         with contextlib.suppress(queue.Empty):
             while True:
                 self._calls.get_nowait()()
-        self._deliver([], self._engine.scheduler.collect_ended(), None)
+        self._engine.abort("cancelled" if failure is None else "error")
+        self._deliver([], self._engine.scheduler.collect_ended(), failure)
         self._compilations.close()
 
     def _run_calls(self) -> None:
@@ -272,11 +333,8 @@ class AsyncEngine:
     def _add(self, sequence: Sequence, stream: Stream) -> None:
         self._streams[sequence] = stream
         self._engine.add(sequence)
-        if self._stopping:
-            self._engine.scheduler.end(sequence, "cancelled")
 
     def _stop(self) -> None:
-        self._engine.abort("cancelled")
         self._stopping = True
 
     def _deliver(
@@ -305,6 +363,10 @@ class AsyncEngine:
     def _publish_stats(self) -> None:
         engine, runner = self._engine, self._llm.runner
         scheduler, adapters = engine.scheduler, runner.registry.counters
+        written = adapters.device_writes, adapters.device_evictions
+        if written != self._written:
+            self._written = written
+            self._publish_adapters()
         addresses = runner.addresses()
         for name, old in self._addresses.items():
             self._address_changes += sum(

@@ -103,9 +103,14 @@ class Runner:
         return out
 
     def recover(self) -> None:
-        """Make the device state anew if a step failed after the state was donated to it."""
-        if any(leaf.is_deleted() for leaf in jax.tree.leaves(self.state)):
-            self.state = allocate(self._state_shapes)
+        """Make the device state anew if a step has failed and taken it along."""
+        try:
+            if not any(leaf.is_deleted() for leaf in jax.tree.leaves(self.state)):
+                jax.block_until_ready(self.state)
+                return
+        except RuntimeError:
+            pass  # The step that returned this state has failed on the device.
+        self.state = allocate(self._state_shapes)
 
     def memory_plan(self) -> MemoryPlan:
         """Bytes on the device, by what they are for, as allocated and compiled so far."""
