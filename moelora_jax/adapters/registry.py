@@ -229,7 +229,7 @@ class AdapterRegistry:
         old = self._entries.get(name)
         version = self._version(name, packed, pin)
         if version.pinned:
-            self._plan_evictions({name: packed}, keep=[name], held_too=True)
+            self._check_pinned(name, packed)
         forgotten = self._plan_forgetting(name, packed, [])
         if old is not None:
             self._retire(old)
@@ -302,7 +302,7 @@ class AdapterRegistry:
     def never_fits(self, name: str) -> CapacityError | None:
         """Why an adapter cannot become resident while the pinned ones stay, if it cannot."""
         try:
-            self._plan_evictions({name: self._entry(name).packed}, keep=[name], held_too=True)
+            self._check_pinned(name, self._entry(name).packed)
         except CapacityError as error:
             return error
         return None
@@ -420,6 +420,15 @@ class AdapterRegistry:
         for name in names:
             self._retire(self._entries.pop(name))
         self.counters.host_evictions += len(names)
+
+    def _check_pinned(self, name: str, packed: PackedAdapter) -> None:
+        """Raises CapacityError if an adapter never fits beside the other pinned ones."""
+        # Those that wait for room are not resident, but they have the right to it.
+        incoming = {
+            other: v.packed for other, v in self._entries.items() if v.pinned and v.slot is None
+        }
+        incoming[name] = packed
+        self._plan_evictions(incoming, keep=incoming, held_too=True)
 
     def _plan_evictions(
         self,
