@@ -206,6 +206,36 @@ def test_peft_reads_the_fused_layout_of_every_family(tmp_path: Path, name: str) 
     assert read.updates.keys() == adapter.updates.keys()
 
 
+def test_fused_stacks_and_fills_up(tmp_path: Path) -> None:
+    """Where up has another A than gate, and experts have several ranks, zeros make up for it."""
+    rng = np.random.default_rng(1)
+
+    def factors(rank: int, in_features: int, out_features: int) -> dict[str, np.ndarray]:
+        return {
+            "a": rng.normal(size=(rank, in_features)).astype(np.float32),
+            "b": rng.normal(size=(out_features, rank)).astype(np.float32),
+        }
+
+    up, down = Target(1, "up_proj", 2), Target(1, "down_proj", 2)
+    adapter = changed(make_adapter(rank=4), up, **factors(2, 48, 20))
+    adapter = changed(adapter, down, **factors(5, 20, 48))
+    save_adapter(tmp_path / "new", adapter, CONFIG.lora_sites(), layout="peft_fused")
+    read = reread(tmp_path / "new").updates
+    assert read.keys() == adapter.updates.keys()
+    for target, update in adapter.updates.items():
+        its = read[target]
+        # The two ranks of up come after the four of gate.
+        start = 4 if target == up else 0
+        part = slice(start, start + update.rank)
+        assert its.scaling == update.scaling
+        assert its.a[part].tobytes() == update.a.tobytes()
+        assert its.b[:, part].tobytes() == update.b.tobytes()
+        assert not np.delete(its.b, range(part.start, part.stop), axis=1).any()
+        ranks = {"gate_proj": 6, "up_proj": 6, "down_proj": 5}
+        expected = ranks.get(target.site, 4) if target.layer == 1 else 4
+        assert its.rank == expected
+
+
 def test_leaves_a_folder_with_files_alone(tmp_path: Path) -> None:
     (tmp_path / "note.txt").write_text("mine")
     with pytest.raises(AdapterError, match="not an empty folder"):

@@ -13,6 +13,7 @@ from safetensors.numpy import load_file, save_file
 from moelora_jax import CheckpointError
 from moelora_jax.models import load_model, model_arrays, mxfp4
 from moelora_jax.models.checkpoint import Parameter, load_parameters, save_checkpoint
+from moelora_jax.parity import load_torch_model, trace_torch
 
 #: A piece ``[experts, 2, intermediate, hidden]`` for each of two layers.
 GATE_UP = Parameter(
@@ -109,6 +110,15 @@ def test_mxfp4_checkpoints_load_like_plain_ones(quantized: Path, dtype: Any) -> 
     assert actual.keys() == expected.keys()
     for path, array in expected.items():
         np.testing.assert_array_equal(actual[path], array, err_msg=path)
+
+
+def test_pytorch_reads_mxfp4_for_the_comparison(quantized: Path) -> None:
+    plain, read = (
+        trace_torch(load_torch_model(quantized / name), [1, 2, 3])
+        for name in ("plain", "quantized")
+    )
+    np.testing.assert_array_equal(plain.moe_output, read.moe_output)
+    np.testing.assert_array_equal(plain.logits, read.logits)
 
 
 def rewrite(folder: Path, changes: dict[str, np.ndarray | None]) -> None:
