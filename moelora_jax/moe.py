@@ -155,6 +155,9 @@ def moe_router(
         logits = logits + params.router_bias[layer].astype(jnp.float32)
     if add_lora is not None:
         logits = add_lora(logits)
+    # Programs with and without adapters must round the same from here on, so XLA may not fuse what
+    # made the logits with what follows.
+    logits = lax.optimization_barrier(logits)
     bias = params.correction_bias
     experts, weights = route(
         logits,
