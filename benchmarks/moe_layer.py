@@ -19,7 +19,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -31,13 +31,26 @@ from benchmarks.device import Device
 from benchmarks.workload import MODELS, Point, Workload, anchor_of, anchors, auto_adapters
 from moelora_jax.moe import MoeWorkspace, moe_experts, moe_lora
 from moelora_kernels import backend
+from moelora_kernels.tuning.tiles import moe_tiles
 
 Program = Callable[..., Any]
 
 
-def layers_program(work: Workload, *, lora: bool, router: bool = False) -> Program:
+def layers_program(
+    work: Workload, *, lora: bool, router: bool = False, launches: str = "table"
+) -> Program:
     """The workload's chain of layers, all on the same hidden states, unrolled."""
     config = work.point.config
+    tiles = moe_tiles(
+        num_experts=config.num_experts,
+        top_k=config.top_k,
+        hidden=config.hidden_size,
+        intermediate=config.intermediate_size,
+        tokens=work.point.tokens,
+        dtype=jnp.bfloat16,
+    )
+    if launches != "table":
+        tiles = replace(tiles, one_launch=launches == "one")
 
     def program(state: Any, x: Any, params: Any, pages: Any, batches: Any, adapters: Any) -> Any:
         refs, out = jax.tree.map(jax.new_ref, state)
@@ -47,6 +60,7 @@ def layers_program(work: Workload, *, lora: bool, router: bool = False) -> Progr
                 "pages": pages if lora else None,
                 "workspace": refs,
                 "out": out,
+                "tiles": tiles,
             }
             index = jnp.int32(step % work.layers)
             if router:
@@ -117,7 +131,7 @@ def relative_error(work: Workload, out: np.ndarray, lora: bool, tokens: int = 2)
 
 
 def measure(
-    point: Point, layers: int, device: Device, budget_s: float, router: bool
+    point: Point, layers: int, device: Device, budget_s: float, router: bool, launches: str
 ) -> dict[str, Any]:
     """One point: base time, LoRA time, error, roofline."""
     work = Workload(point, layers)
@@ -128,7 +142,7 @@ def measure(
 
     def compile_one(name: str) -> Any:
         lora, router = variants[name]
-        program = layers_program(work, lora=lora, router=router)
+        program = layers_program(work, lora=lora, router=router, launches=launches)
         return program.lower(*argument_shapes(point, layers, lora)).compile()
 
     with ThreadPoolExecutor() as pool:
@@ -230,6 +244,7 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=1)
     parser.add_argument("--budget", type=float, default=0.3, help="seconds per timing")
     parser.add_argument("--router", action="store_true", help="also time it with the router")
+    parser.add_argument("--launches", default="table", choices=["table", "one", "several"])
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     points = points_of(arguments)
@@ -243,6 +258,7 @@ def main() -> None:
                 Device(spec["lock"]),
                 arguments.budget,
                 arguments.router,
+                arguments.launches,
             )
         except Exception as error:  # one point that fails must not cost the others
             row = {**point.describe(), "failed": f"{type(error).__name__}: {error}"[:2000]}

@@ -105,9 +105,14 @@ def plot(rows: Sequence[dict[str, Any]], folder: Path) -> None:
                 [row["anchor_us"][name] / row["anchor_roofline_us"] for row in known],
                 "x--",
             )
-        panel.set(title=model, xlabel="tokens", ylabel="time / roofline", xscale="log", ylim=(0, 4))
-    figure.legend(["this project", *OTHERS], loc="upper right")
-    figure.tight_layout()
+        panel.axhline(1, color="gray", linewidth=1)
+        panel.set(title=model, xlabel="tokens of the batch", xscale="log", ylim=(0, 4.5))
+        panel.set_xticks(tokens, map(str, tokens))
+        panel.minorticks_off()
+    panels[0][0].set_ylabel("LoRA time / roofline (rank 16)")
+    names = ["this project", "SGLang (newest engine)", "vLLM 0.33", "roofline"]
+    figure.legend(names, loc="lower center", ncol=len(names), frameon=False)
+    figure.tight_layout(rect=(0, 0.08, 1, 1))
     figure.savefig(folder / "performance.png", dpi=150)
 
 
