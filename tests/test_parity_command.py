@@ -78,6 +78,32 @@ def test_an_adapter_leaves_the_torch_model(folder: Path) -> None:
     np.testing.assert_array_equal(after.logits, before.logits)
 
 
+def test_an_adapter_of_embedding_head_and_router(folder: Path, tmp_path: Path) -> None:
+    """PEFT saves the embedding itself, too; all of it is held, and leaves the model again."""
+    import peft
+    import torch
+
+    options = peft.LoraConfig(
+        r=3, target_modules=["embed_tokens", "lm_head"], target_parameters=["mlp.gate.weight"]
+    )
+    saved = peft.get_peft_model(load_torch_model(folder / "model"), options)
+    with torch.no_grad():
+        for name, parameter in saved.named_parameters():
+            if ".lora_" in name:
+                parameter.normal_(std=0.1, generator=torch.Generator().manual_seed(0))
+    saved.save_pretrained(str(tmp_path), save_embedding_layers=True)
+    expected = trace_torch(saved, [1, 2, 3])
+
+    model = load_torch_model(folder / "model")
+    before = trace_torch(model, [1, 2, 3])
+    with adapted(model, tmp_path) as adapted_model:
+        found = trace_torch(adapted_model, [1, 2, 3])
+    np.testing.assert_array_equal(found.logits, expected.logits)
+    np.testing.assert_array_equal(found.router_logits, expected.router_logits)
+    assert np.abs(found.logits - before.logits).max() > 0.01
+    np.testing.assert_array_equal(trace_torch(model, [1, 2, 3]).logits, before.logits)
+
+
 def test_what_peft_does_not_hold_is_an_error(folder: Path, tmp_path: Path) -> None:
     """PEFT passes over tensors of an unknown layout."""
     (tmp_path / "config.json").write_text(json.dumps(MODEL_CONFIG))
