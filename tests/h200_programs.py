@@ -26,10 +26,11 @@ from flax import nnx  # noqa: E402
 import moelora_kernels.backend as backend  # noqa: E402
 from moelora_jax import BucketConfig, CacheConfig, LoraConfig, RuntimeConfig  # noqa: E402
 from moelora_jax.buckets import Kind, ProgramKey  # noqa: E402
-from moelora_jax.config import Bucket, ModelConfig, MoeConfig  # noqa: E402
+from moelora_jax.config import Bucket, LatentConfig, ModelConfig, MoeConfig  # noqa: E402
 from moelora_jax.engine.runner import Runner  # noqa: E402
 from moelora_jax.models import FAMILIES  # noqa: E402
 from moelora_jax.workspace import num_bytes  # noqa: E402
+from moelora_kernels import ExpertGroups  # noqa: E402
 from tests.tiny_llm import tiny_llm  # noqa: E402
 
 MODEL = ModelConfig(
@@ -41,6 +42,21 @@ MODEL = ModelConfig(
     head_dim=64,
     moe=MoeConfig(num_experts=16, top_k=4, hidden_size=256, intermediate_size=128),
     moe_layers=(0, 1, 2),
+)
+#: The heads of DeepSeek-V3, whose keys are wider than values; a dense layer before the others.
+DEEPSEEK = replace(
+    MODEL,
+    architecture="DeepseekV3ForCausalLM",
+    num_layers=4,
+    num_kv_heads=8,
+    head_dim=192,
+    latent=LatentConfig(query_rank=96, key_value_rank=128, rope_dim=64, value_dim=128),
+    moe=replace(
+        MODEL.moe, scoring="sigmoid", correction_bias=True, groups=ExpertGroups(4, 2, summed=2)
+    ),
+    moe_layers=(1, 2, 3),
+    dense_intermediate_size=512,
+    shared_intermediate_size=128,
 )
 RUNTIME = RuntimeConfig(
     lora=LoraConfig(max_adapters=4, max_rank=32),
@@ -93,6 +109,13 @@ def main() -> None:
     runner = Runner(model, MODEL, everywhere, jnp.bfloat16)
     programs += [
         (f"{kind} everywhere", runner, ProgramKey(kind, bucket, lora))
+        for kind, bucket, lora in PROGRAMS
+        if lora
+    ]
+    model = FAMILIES[DEEPSEEK.architecture].module(DEEPSEEK, dtype=jnp.bfloat16, rngs=nnx.Rngs(0))
+    runner = Runner(model, DEEPSEEK, RUNTIME, jnp.bfloat16)
+    programs += [
+        (f"{kind} deepseek", runner, ProgramKey(kind, bucket, lora))
         for kind, bucket, lora in PROGRAMS
         if lora
     ]

@@ -39,6 +39,8 @@ PROGRAMS = [
     "tiny lora",
     "decode everywhere",
     "prefill everywhere",
+    "decode deepseek",
+    "prefill deepseek",
 ]
 
 
@@ -53,13 +55,13 @@ def test_every_donated_byte_is_updated_in_place(programs: dict[str, Any], name: 
 
 def test_the_layers_of_a_decode_step_are_one_command_buffer(programs: dict[str, Any]) -> None:
     """No launch of a decode step is outside of a command buffer but the loop's own condition."""
-    for name in ("decode lora", "decode base", "decode everywhere"):
+    for name in ("decode lora", "decode base", "decode everywhere", "decode deepseek"):
         program = programs[name]
         assert program["top"] == ["CommandBuffer", "While", "CommandBuffer"]
         assert program["body"] == ["CommandBuffer"]
 
 
-@pytest.mark.parametrize("name", ["prefill lora", "prefill everywhere"])
+@pytest.mark.parametrize("name", ["prefill lora", "prefill everywhere", "prefill deepseek"])
 def test_the_layers_of_a_prefill_step_are_one_command_buffer(
     programs: dict[str, Any], name: str
 ) -> None:
