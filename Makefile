@@ -11,7 +11,7 @@ UV := $(BIN)/uv
 INSTALL := $(UV) pip install --python $(BIN)/python $(shell [ -t 2 ] || echo --quiet)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-demo demo test lint format clean
+.PHONY: help setup setup-demo demo browser test lint format clean
 
 help: ## Print this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -25,6 +25,10 @@ setup-demo: $(VENV)/.setup-demo ## Create .venv with what the demo needs (no PyT
 
 demo: setup-demo ## Run the demo on the CPU or on the GPU, whichever JAX finds
 	@$(BIN)/moelora demo $(ARGS)
+
+browser: ## Install Chromium on Debian, as root: without it the test of the status page is skipped
+	@command -v chromium >/dev/null && command -v chromedriver >/dev/null || \
+	    { apt-get update -qq && apt-get install -qq --yes --no-install-recommends chromium chromium-driver; } >/dev/null
 
 test: setup ## Run the tests; those marked gpu are skipped where there is none
 	@$(BIN)/pytest -n $(WORKERS) --dist loadfile $(ARGS)
