@@ -124,7 +124,7 @@ def served(
     engine = AsyncEngine(llm, max_waiting=max_waiting)
     text_model = TextModel.load(folder / "model", llm.config.eos_tokens)
     limits = Limits(llm.runtime.cache.max_length, 60.0)
-    settings = replace(ServerConfig(MODEL, limits), **config)
+    settings = replace(ServerConfig(MODEL, limits, llm.config.vocab_size), **config)
     service = Service(engine, text_model, settings)
     engine.start()
     socket = bind("127.0.0.1", 0)

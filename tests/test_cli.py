@@ -149,6 +149,22 @@ def test_readme_commands(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert sorted(path.name for path in Path().iterdir()) == ["demo", "logits.safetensors"]
 
 
+def test_bench_serve_measures_an_engine(folder: Path, tmp_path: Path) -> None:
+    """What it measures of a server is in test_load_test.py."""
+    output = tmp_path / "out.json"
+    result = run(
+        "bench-serve", "--model", folder / "model",
+        "--adapter", f"a={folder / 'adapters' / 'experts-r8'}", "--rate", 100, "--requests", 8,
+        "--input-lengths", 8, "--output-lengths", 4, "--max-running", 1, "--max-batch-tokens", 16,
+        "--base-share", 0.5, "--json", output,
+    )  # fmt: skip
+    assert result.exit_code == 0, result.output
+    summary = json.loads(output.read_text())
+    assert summary["finished"] == 8
+    assert summary["output_tokens_per_second"] > 0
+    assert set(summary["requests_by_adapter"]) == {"", "a"}
+
+
 def test_text_is_tokenized(folder: Path, rows: Path) -> None:
     rows.write_text('{"text": "w7 w8"}\n\n{"tokens": [7, 8]}\n')
     first, second = read_rows(rows, CONFIG, [], read_tokenizer(folder / "model"))

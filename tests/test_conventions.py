@@ -25,10 +25,11 @@ FLOORS = (
     "engine",
     "server",
     "parity",
+    "load_test",
     "cli",
 )
 #: Not installed with the core package, so imported only inside the functions that need them.
-OPTIONAL = {"torch", "transformers", "peft", "jax_triton"}
+OPTIONAL = {"aiohttp", "jax_triton", "matplotlib", "peft", "torch", "transformers"}
 #: The same, but the floor that is nothing without them imports them as others do.
 OPTIONAL_BUT_ON_ONE_FLOOR = {
     "fastapi": "server",

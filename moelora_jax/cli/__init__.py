@@ -6,7 +6,17 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from moelora_jax.cli import convert, demo, generate, inspect, parity, plan, score, serve
+from moelora_jax.cli import (
+    bench_serve,
+    convert,
+    demo,
+    generate,
+    inspect,
+    parity,
+    plan,
+    score,
+    serve,
+)
 from moelora_jax.errors import MoeLoraError
 
 __all__ = ["app"]
@@ -138,3 +148,12 @@ app.command(
         --dtype bfloat16 --torch-device cuda --json parity.json
 """
 )(parity.parity)
+app.command(
+    name="bench-serve",
+    epilog="""**Examples**
+
+    moelora bench-serve http://127.0.0.1:8000 --rate 8 --requests 500 \\
+        --slo-ttft 500 --slo-tpot 50 --json out.json --plot out.png
+    moelora bench-serve --model qwen --adapter fr=french --rate 8
+""",
+)(bench_serve.bench_serve)

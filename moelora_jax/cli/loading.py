@@ -1,9 +1,11 @@
 """From the options of a command to a model that is ready to run its rows."""
 
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import typer
 from tokenizers import Tokenizer
 
 from moelora_jax.adapters.adapter import Adapter
@@ -11,10 +13,12 @@ from moelora_jax.adapters.reader import read_adapter
 from moelora_jax.buckets import Kind, program_keys, use_compilation_cache
 from moelora_jax.cli.limits import derive_runtime
 from moelora_jax.cli.options import AdapterFolder, Dtype, layout_errors_name, parse_adapters
-from moelora_jax.cli.output import progress_bar
+from moelora_jax.cli.output import print_memory, progress_bar, stderr
 from moelora_jax.cli.rows import read_rows
+from moelora_jax.cli.sizes import compute_dtype, device_memory, serving_runtime
 from moelora_jax.config import LoraSite
 from moelora_jax.engine.llm import LLM, Prompt
+from moelora_jax.engine.memory import fit_cache
 from moelora_jax.models import ModelFamily, read_model_config
 from moelora_jax.models.tokenizer import read_tokenizer
 
@@ -92,3 +96,52 @@ def read_adapters(
                     folder, sites, module_names=family.module_names, layout=layout
                 )
     return adapters
+
+
+def load_for_serving(
+    model: Path,
+    folders: Mapping[str, AdapterFolder],
+    *,
+    with_lora: bool,
+    dtype: Dtype | None,
+    memory_fraction: float,
+    max_length: int | None,
+    max_running: int,
+    max_batch_tokens: int,
+    kv_blocks: int | None,
+    max_adapters: int | None,
+    max_rank: int,
+    pool_rank: int,
+) -> LLM:
+    """A model with its adapters and compiled programs, of the sizes that the options ask for.
+
+    Raises:
+        MoeLoraError: anything is wrong with the files, or they do not fit.
+    """
+    family, config = read_model_config(model)
+    loaded = read_adapters(folders, config.lora_sites(), family)
+    # JAX reads this when it first uses a GPU; what the user has set stays.
+    os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", str(memory_fraction))
+    runtime = serving_runtime(
+        config,
+        with_lora=with_lora,
+        max_length=max_length,
+        max_running=max_running,
+        max_batch_tokens=max_batch_tokens,
+        kv_blocks=kv_blocks,
+        max_adapters=max_adapters or max(8, len(folders)),
+        max_rank=max_rank,
+        pool_rank=pool_rank,
+    )
+    budget = device_memory()
+    if budget is not None:
+        runtime = fit_cache(family, config, runtime, compute_dtype(dtype), budget)
+    use_compilation_cache()
+    llm = LLM.load(
+        model, runtime=runtime, dtype=None if dtype is None else dtype.numpy, progress=True
+    )
+    for name in list(loaded):
+        llm.load_adapter(name, loaded.pop(name))
+    typer.echo(f"Ready: {llm.warm_up(progress=True)}", err=True)
+    print_memory(stderr(), llm.memory_plan(), "Device memory")
+    return llm

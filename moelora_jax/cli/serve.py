@@ -1,24 +1,20 @@
 """``moelora serve``."""
 
 import asyncio
-import os
 from ipaddress import ip_address
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from moelora_jax.buckets import use_compilation_cache
-from moelora_jax.cli.loading import read_adapters
+from moelora_jax.cli.loading import load_for_serving
 from moelora_jax.cli.options import (
     AdaptersOption,
-    Dtype,
     DtypeOption,
     LayoutsOption,
     ModelOption,
     parse_adapters,
 )
-from moelora_jax.cli.output import print_memory, stderr
 from moelora_jax.cli.sizes import (
     KvBlocksOption,
     MaxAdaptersOption,
@@ -28,14 +24,8 @@ from moelora_jax.cli.sizes import (
     MaxRunningOption,
     MemoryFractionOption,
     PoolRankOption,
-    compute_dtype,
-    device_memory,
-    serving_runtime,
 )
-from moelora_jax.config import RuntimeConfig
 from moelora_jax.engine.async_engine import AsyncEngine
-from moelora_jax.engine.llm import LLM
-from moelora_jax.engine.memory import fit_cache
 from moelora_jax.errors import MoeLoraError
 from moelora_jax.models import read_model_config
 
@@ -164,39 +154,30 @@ def serve(
     keys = _keys(api_key or [], api_keys_file, admin_key)
     root = None if adapter_root is None else AdapterRoot(adapter_root)
     socket = serve.bind(host, port)
-    family, config = read_model_config(model)
+    _, config = read_model_config(model)
     text_model = TextModel.load(model, config.eos_tokens, chat_template=chat_template)
-    loaded = read_adapters(folders, config.lora_sites(), family)
-    # JAX reads this when it first uses a GPU; what the user has set stays.
-    os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", str(memory_fraction))
-    runtime = serving_runtime(
-        config,
+    llm = load_for_serving(
+        model,
+        folders,
         with_lora=bool(folders) or root is not None,
+        dtype=dtype,
+        memory_fraction=memory_fraction,
         max_length=max_length,
         max_running=max_running,
         max_batch_tokens=max_batch_tokens,
         kv_blocks=kv_blocks,
-        max_adapters=max_adapters or max(8, len(folders)),
+        max_adapters=max_adapters,
         max_rank=max_rank,
         pool_rank=pool_rank,
     )
-    budget = device_memory()
-    if budget is not None:
-        runtime = fit_cache(family, config, runtime, compute_dtype(dtype), budget)
-    use_compilation_cache()
-    llm = _load(model, runtime, dtype)
-    for each in list(loaded):
-        llm.load_adapter(each, loaded.pop(each))
-    typer.echo(f"Ready: {llm.warm_up(progress=True)}", err=True)
-    print_memory(stderr(), llm.memory_plan(), "Device memory")
-
     engine = AsyncEngine(llm, max_waiting=max_waiting)
     service = app.Service(
         engine,
         text_model,
         app.ServerConfig(
             model_name=name,
-            limits=Limits(runtime.cache.max_length, request_timeout),
+            limits=Limits(llm.runtime.cache.max_length, request_timeout),
+            vocab_size=config.vocab_size,
             keys=keys,
             adapter_root=root,
             max_body_bytes=max_body_bytes,
@@ -214,11 +195,6 @@ def serve(
         announcement=f"Serving {name} on http://{shown}:{socket.getsockname()[1]}",
     )
     asyncio.run(server.serve([socket]))
-
-
-def _load(model: Path, runtime: RuntimeConfig, dtype: Dtype | None) -> LLM:
-    numpy_dtype = None if dtype is None else dtype.numpy
-    return LLM.load(model, runtime=runtime, dtype=numpy_dtype, progress=True)
 
 
 def _keys(api_keys: list[str], file: Path | None, admin_key: str | None) -> "Keys":

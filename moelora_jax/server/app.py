@@ -48,6 +48,7 @@ class ServerConfig:
     Attributes:
         model_name: what requests call the base model.
         limits: of a request.
+        vocab_size: of the model; token ids are below it.
         keys: who may do what.
         adapter_root: where adapters may be loaded from; None refuses to load any.
         max_body_bytes: of a request.
@@ -55,6 +56,7 @@ class ServerConfig:
 
     model_name: str
     limits: Limits
+    vocab_size: int
     keys: Keys = field(default_factory=Keys)
     adapter_root: AdapterRoot | None = None
     max_body_bytes: int = 4 * 2**20
@@ -134,7 +136,9 @@ class Service:
                 "parent": None if name is None else self.config.model_name,
                 "max_model_len": self.config.limits.max_length,
             }
-            if name is not None:
+            if name is None:
+                card["vocab_size"] = self.config.vocab_size
+            else:
                 info = infos[name]
                 card |= {
                     "rank": info.rank,
