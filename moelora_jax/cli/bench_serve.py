@@ -34,6 +34,14 @@ _ENGINE = "Engine in this process, instead of URL"
 #: Token ids of prompts, where a server does not tell its vocabulary.
 _DEFAULT_VOCABULARY = 1000
 
+#: What the table calls the latencies of a summary: short, as terminals are narrow.
+_LATENCIES = {
+    "time_to_first_token": "first token",
+    "inter_token_latency": "inter-token",
+    "time_per_token": "per token",
+    "request_duration": "request",
+}
+
 
 def bench_serve(
     url: Annotated[
@@ -222,9 +230,8 @@ def _print(summary: dict[str, Any]) -> None:
 
     columns = ("mean", *(f"p{p}" for p in PERCENTILES), "max")
     table = make_table("Latency in ms", "what", *columns, numbers=columns)
-    for name in ("time_to_first_token", "inter_token_latency", "time_per_token",
-                 "request_duration"):  # fmt: skip
+    for name, shown in _LATENCIES.items():
         if summary[name] is not None:
             values = (f"{summary[name][column] * 1000:,.1f}" for column in columns)
-            table.add_row(name.replace("_", " "), *values)
+            table.add_row(shown, *values)
     console.print(table)
