@@ -178,7 +178,9 @@ def measure(
 
 
 def launches_per_layer(compiled: Any, layers: int) -> float:
-    return compiled.as_text().count('custom_call_target="triton_kernel_call_ffi"') / layers
+    text = compiled.as_text()
+    targets = ("triton_kernel_call_ffi", "mosaic_gpu_v2")
+    return sum(text.count(f'custom_call_target="{target}"') for target in targets) / layers
 
 
 def points_of(arguments: argparse.Namespace) -> list[Point]:

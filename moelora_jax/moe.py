@@ -309,6 +309,8 @@ def moe_experts(
         rank_activations=workspace.gate_up_ranks,
         signals=workspace.signals,
         out=workspace.hidden,
+        # Free until the down projection.
+        sorted_x=workspace.expert_out,
         tiles=None if tiles is None else tiles.gate_up,
         implementation=implementation,
     )

@@ -20,9 +20,18 @@ pytestmark = pytest.mark.skipif(
 
 @pytest.fixture(scope="module")
 def programs() -> dict[str, dict[str, Any]]:
+    return compiled("h200_programs.py")
+
+
+@pytest.fixture(scope="module")
+def mosaic_programs() -> dict[str, dict[str, Any]]:
+    return compiled("h200_mosaic.py")
+
+
+def compiled(script: str) -> dict[str, dict[str, Any]]:
     path = os.pathsep.join([str(PLUGIN), os.environ.get("PYTHONPATH", "")])
     done = subprocess.run(
-        [sys.executable, ROOT / "tests" / "h200_programs.py"],
+        [sys.executable, ROOT / "tests" / script],
         env=os.environ | {"PYTHONPATH": path, "JAX_PLATFORMS": "cpu"},
         capture_output=True,
         text=True,
@@ -83,3 +92,21 @@ def test_adapters_outside_of_the_experts_cost_no_copies(
 def test_temporaries_are_small(programs: dict[str, Any], name: str) -> None:
     """The workspaces hold what is large; logits and partial attention results are what is left."""
     assert programs[name]["temporary_bytes"] < 4 * 2**20
+
+
+def test_mosaic_kernels_are_captured_and_in_place(mosaic_programs: dict[str, Any]) -> None:
+    for program in mosaic_programs.values():
+        assert program["body"] == ["CommandBuffer"]
+        assert program["aliased_bytes"] == program["donated_bytes"]
+        # The lists of LoRA steps.
+        assert program["temporary_bytes"] < 2**20
+
+
+def test_mosaic_kernels_keep_their_sums_in_registers(mosaic_programs: dict[str, Any]) -> None:
+    """The assembler gives up overlapping products when it runs out of registers, and says so."""
+    for program in mosaic_programs.values():
+        assert len(program["assembler"]) == 2
+        for message in program["assembler"]:
+            assert "sm_90a" in message
+            assert "serialized" not in message
+            assert "0 bytes spill stores, 0 bytes spill loads" in message

@@ -13,7 +13,9 @@ import pytest
     not (importlib.util.find_spec("triton") and importlib.util.find_spec("torch")),
     reason="Triton's interpreter needs triton and torch",
 )
-@pytest.mark.parametrize("script", ["triton_interpreter", "attention_interpreter"])
+@pytest.mark.parametrize(
+    "script", ["triton_interpreter", "mosaic_interpreter", "attention_interpreter"]
+)
 def test_triton_kernels_under_the_interpreter(script: str) -> None:
     root = Path(__file__).parent.parent.parent
     environment = os.environ | {

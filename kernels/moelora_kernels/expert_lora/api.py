@@ -21,7 +21,13 @@ from jaxtyping import Float, Int32
 from moelora_kernels.backend import Implementation, choose
 from moelora_kernels.buffers import read, result
 from moelora_kernels.expert_lora import reference
-from moelora_kernels.tuning.tiles import GemmTiles, ShrinkTiles, gemm_rule, shrink_rule
+from moelora_kernels.tuning.tiles import (
+    GemmTiles,
+    MosaicTiles,
+    ShrinkTiles,
+    gemm_rule,
+    shrink_rule,
+)
 from moelora_kernels.types import Buffer, SitePages, TokenSort
 
 Activation = Literal["silu", "clamped_swiglu"]
@@ -93,7 +99,8 @@ def gate_up(
     rank_activations: Buffer | None = None,
     signals: Buffer | None = None,
     out: Buffer | None = None,
-    tiles: GemmTiles | None = None,
+    sorted_x: Buffer | None = None,
+    tiles: GemmTiles | MosaicTiles | None = None,
     implementation: Implementation | None = None,
 ) -> Buffer:
     """Gate and up projections of every pair, LoRA added, and the gated activation.
@@ -113,7 +120,8 @@ def gate_up(
             rank activations are written to; None allocates it.
         signals: reference int32 ``SIGNALS``, zero before and after; None allocates it.
         out: ``[>= pairs, intermediate]`` in the dtype of ``x``.
-        tiles: launch parameters of the Triton kernel; None chooses by a rule.
+        sorted_x: ``[>= pairs, hidden]`` in the dtype of ``x``, which Mosaic's kernel may overwrite.
+        tiles: launch parameters of Triton's or Mosaic's kernel; None chooses Triton's by a rule.
         implementation: None chooses by the default device.
 
     Returns:
@@ -121,6 +129,24 @@ def gate_up(
     """
     pairs = x.shape[0] * top_k
     if choose(implementation) == "triton":
+        if isinstance(tiles, MosaicTiles):
+            from moelora_kernels.expert_lora import mosaic
+
+            return mosaic.gate_up(
+                x,
+                weight,
+                bias,
+                sort,
+                layer,
+                top_k=top_k,
+                tile_rows=tile_rows,
+                activation=activation,
+                sites=sites,
+                rank_activations=rank_activations,
+                tiles=tiles,
+                sorted_x=sorted_x,
+                out=out,
+            )
         from moelora_kernels.expert_lora import triton
 
         return triton.gate_up(
@@ -160,7 +186,7 @@ def down(
     signals: Buffer | None = None,
     dtype: DTypeLike = jnp.float32,
     out: Buffer | None = None,
-    tiles: GemmTiles | None = None,
+    tiles: GemmTiles | MosaicTiles | None = None,
     implementation: Implementation | None = None,
 ) -> Buffer:
     """Down projection of every pair, LoRA added.
@@ -180,13 +206,30 @@ def down(
         dtype: of the result. At thousands of tokens, writing and reading it takes as long in
             float32 as a third of the layer's products.
         out: ``[>= pairs, hidden]`` of that dtype.
-        tiles: launch parameters of the Triton kernel; None chooses by a rule.
+        tiles: launch parameters of Triton's or Mosaic's kernel; None chooses Triton's by a rule.
         implementation: None chooses by the default device.
 
     Returns:
         ``[pairs, hidden]`` in sorted order; rows past the last real pair are not defined.
     """
     if choose(implementation) == "triton":
+        if isinstance(tiles, MosaicTiles):
+            from moelora_kernels.expert_lora import mosaic
+
+            return mosaic.down(
+                hidden,
+                weight,
+                bias,
+                sort,
+                layer,
+                pairs=pairs,
+                tile_rows=tile_rows,
+                site=site,
+                rank_activations=rank_activations,
+                dtype=dtype,
+                tiles=tiles,
+                out=out,
+            )
         from moelora_kernels.expert_lora import triton
 
         return triton.down(

@@ -30,7 +30,7 @@ from moelora_kernels.expert_lora.triton import (
 )
 from moelora_kernels.sort.api import token_sort_shapes
 from moelora_kernels.sort.triton import count_and_place, counting_constants
-from moelora_kernels.tuning.tiles import MoeTiles
+from moelora_kernels.tuning.tiles import MoeTiles, MosaicTiles
 from moelora_kernels.types import SIGNALS, Buffer, ExpertPages, TokenSort
 
 
@@ -61,6 +61,9 @@ def fused_experts(
     """See :func:`moelora_kernels.fused_experts`."""
     tokens, top_k = experts.shape
     pairs = tokens * top_k
+    gate_up_tiles, down_tiles = tiles.gate_up, tiles.down
+    if isinstance(gate_up_tiles, MosaicTiles) or isinstance(down_tiles, MosaicTiles):
+        raise TypeError("one launch is Triton's, and needs GemmTiles for both products")
     _, num_experts, _, inner, width = gate_up_weight.shape
     num_adapters = 0 if pages is None else pages.gate.num_adapters
 
@@ -89,11 +92,11 @@ def fused_experts(
         shrinks = pairs
     products = {
         "GATE_UP": product_constants(
-            x, tiles.gate_up, tiles.tile_rows, num_experts, pages and pages[:2], ranks[0]
+            x, gate_up_tiles, tiles.tile_rows, num_experts, pages and pages[:2], ranks[0]
         ),
         "DOWN": product_constants(
             hidden_like := buffer(hidden, (pairs, inner)),
-            tiles.down,
+            down_tiles,
             tiles.tile_rows,
             num_experts,
             pages and pages[2:],
@@ -109,8 +112,8 @@ def fused_experts(
         pairs, top_k, num_experts, num_adapters, tiles.tile_rows, sorted_pairs[2].shape[0]
     )
     num_tiles = pairs // tiles.tile_rows + min(pairs, num_experts)
-    gate_ups = num_tiles * triton.cdiv(inner, tiles.gate_up.block_n)
-    downs = num_tiles * triton.cdiv(width, tiles.down.block_n)
+    gate_ups = num_tiles * triton.cdiv(inner, gate_up_tiles.block_n)
+    downs = num_tiles * triton.cdiv(width, down_tiles.block_n)
     combine_block = min(triton.next_power_of_2(width), 1024)
     combines = tokens * triton.cdiv(width, combine_block)
     total = buffer(out, (tokens, width))
@@ -132,8 +135,8 @@ def fused_experts(
         ],
         Launch(
             (sorts + 3 * shrinks + gate_ups + downs + combines,),
-            num_warps=tiles.gate_up.num_warps,
-            num_stages=tiles.gate_up.num_stages,
+            num_warps=gate_up_tiles.num_warps,
+            num_stages=gate_up_tiles.num_stages,
         ),
         HIDDEN=width,
         INTERMEDIATE=inner,

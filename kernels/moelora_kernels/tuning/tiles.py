@@ -1,4 +1,4 @@
-"""Tile sizes of the Triton kernels: a measured table per GPU, and a rule for what is not in it.
+"""Tile sizes of the kernels: a measured table per GPU, and a rule for what is not in it.
 
 The choice follows from shapes alone, never from a batch, and is the same with and without LoRA: a
 row of the base model is summed in the same order in both programs.
@@ -76,6 +76,27 @@ class GemmTiles:
 
 
 @dataclass(frozen=True)
+class MosaicTiles:
+    """Launch parameters of a grouped matrix product in Mosaic GPU: for Hopper, and many rows.
+
+    Attributes:
+        shrink: of the launch before that makes the rank activations.
+        stages: steps whose loads are in flight.
+        order: tiles of rows that share a block of columns before the next block begins.
+        processors: programs, one for each processor of the GPU.
+    """
+
+    shrink: ShrinkTiles
+    stages: int = 4
+    order: int = 32
+    processors: int = 132
+
+    @classmethod
+    def from_json(cls, fields: dict[str, Any]) -> "MosaicTiles":
+        return cls(**fields | {"shrink": ShrinkTiles(**fields["shrink"])})
+
+
+@dataclass(frozen=True)
 class MoeTiles:
     """All that one MoE layer needs.
 
@@ -88,8 +109,8 @@ class MoeTiles:
     """
 
     tile_rows: int
-    gate_up: GemmTiles
-    down: GemmTiles
+    gate_up: GemmTiles | MosaicTiles
+    down: GemmTiles | MosaicTiles
     one_launch: bool = False
 
     def to_json(self) -> dict[str, Any]:
@@ -99,10 +120,14 @@ class MoeTiles:
     def from_json(cls, fields: dict[str, Any]) -> "MoeTiles":
         return cls(
             fields["tile_rows"],
-            GemmTiles.from_json(fields["gate_up"]),
-            GemmTiles.from_json(fields["down"]),
+            _product_from_json(fields["gate_up"]),
+            _product_from_json(fields["down"]),
             fields["one_launch"],
         )
+
+
+def _product_from_json(fields: dict[str, Any]) -> GemmTiles | MosaicTiles:
+    return (MosaicTiles if "stages" in fields else GemmTiles).from_json(fields)
 
 
 def moe_tiles(
