@@ -31,13 +31,10 @@ from moelora_kernels import ExpertPages, SitePages  # noqa: E402
 from moelora_kernels.tuning.tiles import MoeTiles, MosaicTiles, ShrinkTiles  # noqa: E402
 from tests.h200_compiler import compile_for_h200  # noqa: E402
 
-QWEN = MoeConfig(128, 8, 2048, 768)
-GPT_OSS = MoeConfig(32, 4, 2880, 2880, activation="clamped_swiglu")
-#: Layer, whether it has biases, and whether it has adapters.
+#: Layer, and whether it has biases: Qwen3-30B-A3B and gpt-oss-20b.
 PROGRAMS = {
-    "mosaic lora": (QWEN, False, True),
-    "mosaic base": (QWEN, False, False),
-    "mosaic biases": (GPT_OSS, True, True),
+    "qwen": (MoeConfig(128, 8, 2048, 768), False),
+    "gpt-oss": (MoeConfig(32, 4, 2880, 2880, activation="clamped_swiglu"), True),
 }
 NUM_LAYERS, TOKENS, ADAPTERS, RANK = 3, 512, 16, 32
 SHRINK = ShrinkTiles(block_k=256, num_warps=2, num_stages=3, run_rows=16)
@@ -98,7 +95,7 @@ def arguments(config: MoeConfig, bias: bool) -> tuple[Any, ...]:
 def main() -> None:
     use_tools_of_triton()
     report = {}
-    for name, (config, bias, lora) in PROGRAMS.items():
+    for name, (config, bias) in PROGRAMS.items():
 
         def step(
             state: Any,
@@ -108,7 +105,6 @@ def main() -> None:
             pages: Any,
             adapters: Any,
             config: MoeConfig = config,
-            lora: bool = lora,
         ) -> Any:
             refs, out = jax.tree.map(jax.new_ref, state)
 
@@ -119,8 +115,8 @@ def main() -> None:
                     params,
                     number,
                     config,
-                    adapter_of_token=adapters if lora else None,
-                    pages=pages if lora else None,
+                    adapter_of_token=adapters,
+                    pages=pages,
                     workspace=refs,
                     out=out,
                     implementation="triton",
