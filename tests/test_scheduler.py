@@ -375,6 +375,34 @@ def test_a_conversation_finds_its_own_answer() -> None:
     assert following.tokens == device.expected(following)
 
 
+def test_a_sequence_that_waits_through_a_reload_forgets_what_it_looked_for() -> None:
+    scheduler, device, adapters = make()
+    prompt = list(range(16))
+    scheduler.add(sequence(prompt, 1, adapter="a"))
+    device.finish()  # Its four blocks are remembered.
+    for number in range(2):
+        scheduler.add(sequence([number + 30] * 39, 2))  # Ten blocks each.
+    device.step()
+    waits = sequence([*prompt, 1, 2, 3, 4], 4, adapter="a")
+    scheduler.add(waits)
+    device.step()
+    assert waits.seat < 0 and waits.keys  # It has looked, and there is no room.
+    adapters.versions["a"] = version("a", 99)
+    device.finish()
+    assert scheduler.prefix_hits == 0
+    assert waits.tokens == device.expected(waits, 99)
+
+
+def test_a_preempted_sequence_waits_for_its_last_token() -> None:
+    scheduler, device, _ = make()
+    scheduler.add(one := sequence(6, 6))
+    device.step()
+    scheduler._preempt(one)  # Its first token is in flight.
+    assert scheduler.plan(0.0) is None and one.seat < 0 and one.num_in_flight == 1
+    device.finish()
+    assert one.tokens == device.expected(one)
+
+
 def test_keys_tell_weights_tokens_and_their_order_apart() -> None:
     root = (0).to_bytes(8, "little")
     keys = block_keys(root, [1, 2, 3, 4, 5], 2)
