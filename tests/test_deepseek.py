@@ -12,6 +12,7 @@ from flax import nnx
 from safetensors.numpy import load_file, save_file
 
 from moelora_jax import CheckpointError, ModelConfig
+from moelora_jax.adapters.reader import read_adapter
 from moelora_jax.config import LatentConfig
 from moelora_jax.models import (
     FAMILIES,
@@ -22,7 +23,9 @@ from moelora_jax.models import (
 )
 from moelora_jax.models.checkpoint import save_checkpoint
 from moelora_kernels import ExpertGroups
-from tests.test_families import raw_config
+from tests.adapter_files import assert_describes
+from tests.test_convert import peft_deltas
+from tests.test_families import raw_config, torch_model
 
 #: What the hub's config.json of the large models say, but for what the reader does not ask for.
 V2_LITE = {
@@ -213,3 +216,29 @@ def test_every_tensor_is_needed_and_no_other(checkpoint: Path, tmp_path: Path, t
         save_file(changed, folder / "model.safetensors")
         with pytest.raises(CheckpointError, match=message):
             load_model(folder, jnp.float32)
+
+
+# Adapters -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.filterwarnings("ignore:The following .*_pattern keys did not:RuntimeWarning")
+def test_peft_takes_the_names_of_linear_layers_for_the_experts(tmp_path: Path) -> None:
+    """With transformers 5 these targets mean experts alone, gate and up with twice the rank."""
+    torch = pytest.importorskip("torch")
+    import peft
+
+    targets = ["q_b_proj", "gate_proj", "up_proj", "down_proj"]
+    options = peft.LoraConfig(r=3, lora_alpha=5, target_modules=targets)
+    adapted = peft.get_peft_model(torch_model("DeepSeek-V3"), options)
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for name, parameter in adapted.named_parameters():
+            if ".lora_" in name:
+                parameter.normal_(std=0.1, generator=generator)
+    adapted.save_pretrained(str(tmp_path))
+    family, config = family_and_config(raw_config("DeepSeek-V3"))
+    adapter = read_adapter(tmp_path, config.lora_sites(), module_names=family.module_names)
+    sites = {target.site for target in adapter.updates}
+    assert sites == {"q_b_proj", "gate_proj", "up_proj", "down_proj"}
+    # Float32 rounds products of factors of 0.1 to 1e-9.
+    assert_describes(adapter, peft_deltas("DeepSeek-V3", tmp_path), tolerance=1e-7)

@@ -20,9 +20,7 @@ def route(
     groups: ExpertGroups | None,
 ) -> tuple[Array, Array]:
     """See :func:`moelora_kernels.route`."""
-    # What XLA fuses with the scores changes their last bits, and in programs with and without LoRA
-    # other things come before. A barrier makes them the same, as for a kernel.
-    logits = lax.optimization_barrier(logits.astype(jnp.float32))
+    logits = logits.astype(jnp.float32)
     scores = jax.nn.softmax(logits, axis=-1) if scoring == "softmax" else jax.nn.sigmoid(logits)
     choice = scores if correction_bias is None else scores + correction_bias
     if groups is not None:
