@@ -28,10 +28,11 @@ from moelora_jax.cli.demo_files import (
     random_adapter,
     write_demo,
 )
-from moelora_jax.cli.limits import derive_lora
+from moelora_jax.cli.limits import changed_optional_sites, derive_lora
 from moelora_jax.cli.rows import read_rows
 from moelora_jax.models import family_of
 from moelora_jax.models.tokenizer import read_tokenizer
+from tests.tiny_llm import random_adapter as tiny_llm_adapter
 
 CONFIG = family_of(MODEL_CONFIG).read_config(MODEL_CONFIG)
 NAMES = family_of(MODEL_CONFIG).module_names
@@ -178,6 +179,36 @@ def test_score_without_adapters(folder: Path, tmp_path: Path, rows: Path) -> Non
     result = run("score", *options, "--dtype", "bfloat16")
     assert result.exit_code == 0, result.output
     assert load_file(output)["logits.0"].shape == (2, CONFIG.vocab_size)
+
+
+def test_adapters_on_optional_sites(folder: Path, tmp_path: Path, rows: Path) -> None:
+    """Limits follow from what the adapters change; a plan has a line for the widest pages."""
+    adapter = tiny_llm_adapter(CONFIG, 0, sites=("router", "embed_tokens", "lm_head"))
+    save_adapter(
+        tmp_path / "wide", adapter, CONFIG.lora_sites(), layout="per_expert", module_names=NAMES
+    )
+    model, output = folder / "model", tmp_path / "out.safetensors"
+    rows.write_text('{"tokens": [7, 8], "adapter": "wide"}\n{"tokens": [7, 8]}')
+    options = ("--model", model, "--input", rows, "--output", output)
+    result = run("score", *options, "--adapter", f"wide={tmp_path / 'wide'}")
+    assert result.exit_code == 0, result.output
+    logits = load_file(output)
+    assert np.abs(logits["logits.0"] - logits["logits.1"]).max() > 0.1
+    result = run("inspect", tmp_path / "wide", "--model", model)
+    assert result.exit_code == 0 and "fits: " in result.stdout
+
+    plan = ("plan", "--model", model, "--gpu-memory", "1GB", "--json")
+    wide = json.loads(run(*plan, "--optional-site", "lm_head").stdout)["vocabulary_pages"]
+    assert wide == 8 * 16 * CONFIG.vocab_size * 2  # slots, ranks of a page, bfloat16
+    assert json.loads(run(*plan).stdout)["vocabulary_pages"] == 0
+    # A server has room for what the adapters that it starts with change.
+    sites = CONFIG.lora_sites()
+    other = read_adapter(folder / "adapters/attention-r3", sites, module_names=NAMES)
+    changed = ["router", "embed_tokens", "lm_head"]
+    assert changed_optional_sites(CONFIG, [other, adapter]) == changed
+    assert changed_optional_sites(CONFIG, [other]) == []
+    message = error(*plan, "--optional-site", "norm")
+    assert "--optional-site norm: choose from router, embed_tokens, lm_head" in message
 
 
 def test_inspect_without_a_model(folder: Path) -> None:

@@ -74,6 +74,12 @@ def derive_lora(
     )
 
 
+def changed_optional_sites(model: ModelConfig, adapters: Collection[Adapter]) -> list[str]:
+    """The optional sites that some adapter changes."""
+    changed = {target.site for adapter in adapters for target in adapter.updates}
+    return [site.name for site in model.lora_sites() if site.optional and site.name in changed]
+
+
 def count_pages(adapter: Adapter, sites: Sequence[LoraSite]) -> dict[int, int]:
     """Pages that an adapter takes in the pool of each width; a shared factor takes them once."""
     site_of_name = {site.name: site for site in sites}

@@ -11,7 +11,7 @@ from tokenizers import Tokenizer
 from moelora_jax.adapters.adapter import Adapter
 from moelora_jax.adapters.reader import read_adapter
 from moelora_jax.buckets import Kind, program_keys, use_compilation_cache
-from moelora_jax.cli.limits import derive_runtime
+from moelora_jax.cli.limits import changed_optional_sites, derive_runtime
 from moelora_jax.cli.options import AdapterFolder, Dtype, layout_errors_name, parse_adapters
 from moelora_jax.cli.output import print_memory, progress_bar, stderr
 from moelora_jax.cli.rows import read_rows
@@ -112,6 +112,7 @@ def load_for_serving(
     max_adapters: int | None,
     max_rank: int,
     pool_rank: int,
+    optional_sites: Sequence[str] = (),
 ) -> LLM:
     """A model with its adapters and compiled programs, of the sizes that the options ask for.
 
@@ -132,6 +133,7 @@ def load_for_serving(
         max_adapters=max_adapters or max(8, len(folders)),
         max_rank=max_rank,
         pool_rank=pool_rank,
+        optional_sites=[*optional_sites, *changed_optional_sites(config, loaded.values())],
     )
     budget = device_memory()
     if budget is not None:

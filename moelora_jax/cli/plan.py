@@ -16,6 +16,7 @@ from moelora_jax.cli.sizes import (
     MaxRankOption,
     MaxRunningOption,
     MemoryFractionOption,
+    OptionalSitesOption,
     PoolRankOption,
     serving_runtime,
 )
@@ -42,6 +43,7 @@ def plan(
     max_adapters: MaxAdaptersOption = None,
     max_rank: MaxRankOption = 64,
     pool_rank: PoolRankOption = 16,
+    optional_site: OptionalSitesOption = None,
 ) -> None:
     """Say what `moelora serve` with the same options would use a GPU's memory for.
 
@@ -59,6 +61,7 @@ def plan(
         max_adapters=max_adapters or 8,
         max_rank=max_rank,
         pool_rank=pool_rank,
+        optional_sites=optional_site or (),
     )
     budget = int(parse_bytes(gpu_memory) * memory_fraction)
     runtime = fit_cache(family, config, runtime, dtype.numpy, budget)

@@ -23,6 +23,7 @@ from moelora_jax.cli.sizes import (
     MaxRankOption,
     MaxRunningOption,
     MemoryFractionOption,
+    OptionalSitesOption,
     PoolRankOption,
 )
 from moelora_jax.engine.async_engine import AsyncEngine
@@ -130,6 +131,7 @@ def serve(
     max_adapters: MaxAdaptersOption = None,
     max_rank: MaxRankOption = 64,
     pool_rank: PoolRankOption = 16,
+    optional_site: OptionalSitesOption = None,
 ) -> None:
     """Serve a model and its adapters with the OpenAI API, until a signal.
 
@@ -169,6 +171,7 @@ def serve(
         max_adapters=max_adapters,
         max_rank=max_rank,
         pool_rank=pool_rank,
+        optional_sites=optional_site or (),
     )
     engine = AsyncEngine(llm, max_waiting=max_waiting)
     service = app.Service(

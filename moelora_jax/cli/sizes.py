@@ -1,5 +1,6 @@
 """The sizes of a server: options that ``serve`` and ``plan`` share, and what they come to."""
 
+from collections.abc import Sequence
 from typing import Annotated
 
 import jax
@@ -9,6 +10,7 @@ import typer
 
 from moelora_jax.cli.options import Dtype
 from moelora_jax.config import BucketConfig, CacheConfig, LoraConfig, ModelConfig, RuntimeConfig
+from moelora_jax.errors import RequestError
 
 _SIZES = "Sizes (they decide the device memory that is used)"
 
@@ -64,6 +66,15 @@ PoolRankOption = Annotated[
         help="Rank at which --max-adapters adapters that change everything fit.",
     ),
 ]
+OptionalSitesOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--optional-site",
+        metavar="SITE",
+        rich_help_panel=_SIZES,
+        help="router, embed_tokens or lm_head: adapters may change this, too. Repeat it for more.",
+    ),
+]
 
 
 def serving_runtime(
@@ -77,14 +88,24 @@ def serving_runtime(
     max_adapters: int,
     max_rank: int,
     pool_rank: int,
+    optional_sites: Sequence[str],
 ) -> RuntimeConfig:
-    """What the options of a server come to."""
+    """What the options of a server come to.
+
+    Raises:
+        RequestError: the model has no such optional site.
+    """
+    known = [site.name for site in config.lora_sites() if site.optional]
+    for name in optional_sites:
+        if name not in known:
+            raise RequestError(f"--optional-site {name}: choose from {', '.join(known)}")
     return RuntimeConfig(
         lora=LoraConfig(
             max_adapters=max_adapters,
             max_rank=max_rank,
             pool_rank=pool_rank,
             sites=None if with_lora else (),
+            optional_sites=tuple(optional_sites) if with_lora else (),
         ),
         buckets=BucketConfig(
             decode=_sizes(1, max_running, 2), prefill=_sizes(64, max_batch_tokens, 4)
