@@ -14,6 +14,7 @@ from safetensors.numpy import load_file
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
+from typer.main import get_command
 from typer.testing import CliRunner, Result
 
 from moelora_jax.adapters.adapter import Adapter
@@ -148,6 +149,18 @@ def test_readme_commands(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         assert logits[f"logits.{i}"].dtype == np.float32
         assert logits[f"logits.{i}"][-1].argmax() == completion["tokens"][0]
     assert sorted(path.name for path in Path().iterdir()) == ["demo", "logits.safetensors"]
+
+
+def test_the_guide_names_every_flag() -> None:
+    guide = (Path(__file__).parent.parent / "docs" / "serving.md").read_text(encoding="utf-8")
+    flags, bench_flags = guide.split("## Measuring")
+    sizes = {"--layout", "--dtype", "--max-waiting", "--max-running", "--max-batch-tokens",
+             "--kv-blocks", "--memory-fraction", "--max-adapters", "--max-rank",
+             "--pool-rank"}  # fmt: skip
+    commands = get_command(app).commands  # type: ignore[attr-defined]
+    for name, text, known in (("serve", flags, set()), ("bench-serve", bench_flags, sizes)):
+        options = {o for p in commands[name].params for o in p.opts if o.startswith("--")}
+        assert options - known <= set(re.findall(r"--[a-z-]+", text)), name
 
 
 def test_bench_serve_measures_an_engine(folder: Path, tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """The HTTP server, by the official client: texts, streams, choices, and bad requests."""
 
 import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from openai import BadRequestError, NotFoundError, OpenAI
 from moelora_jax import LLM, Prompt, Sampling
 from moelora_jax.cli.demo_files import ADAPTERS
 from moelora_jax.server.text import TextModel
+from tests.conftest import ROOT
 from tests.served_model import MODEL, Served, served, tiny_model
 
 PROMPT = "Hello, wörld"
@@ -487,3 +489,18 @@ def test_metrics_add_up(server: Served, client: OpenAI) -> None:
 
 def test_health(server: Served) -> None:
     assert server.request("GET", "/health") == (200, {"status": "ok"})
+
+
+def test_the_guide_names_metrics_and_errors(server: Served) -> None:
+    guide = (ROOT / "docs" / "serving.md").read_text(encoding="utf-8")
+    names = {re.sub(r"(_bucket|_sum|_count|_created)?(\{.*)?$", "", n) for n in server.metrics()}
+    assert len(names) > 25
+    for name in names:
+        assert f"`{name.removeprefix('moelora_')}" in guide, name
+    sources = "".join(
+        path.read_text(encoding="utf-8") for path in (ROOT / "moelora_jax" / "server").glob("*.py")
+    )
+    errors = re.findall(r'ApiError\(\s*\d{3},\s*(?:f?".*"\s*)+,\s*"([a-z_]+)"', sources)
+    assert len(set(errors)) > 8
+    for code in {*errors, "queue_full", "engine_error", "capacity_exceeded", "invalid_adapter"}:
+        assert f"`{code}`" in guide, code

@@ -1,6 +1,7 @@
 """From an API request to requests of the engine, and from their tokens to pieces of text."""
 
 import asyncio
+import logging
 import secrets
 import time
 from collections.abc import AsyncIterator, Sequence
@@ -16,6 +17,8 @@ from moelora_jax.server.errors import ApiError, api_error, shutting_down
 from moelora_jax.server.metrics import Metrics
 from moelora_jax.server.schemas import GenerationRequest
 from moelora_jax.server.text import TextModel
+
+_log = logging.getLogger("moelora.server")
 
 #: Completions that one HTTP request may ask for, over all of its prompts.
 MAX_CHOICES = 128
@@ -307,9 +310,9 @@ async def _pump(completion: _Completion, arrived: "asyncio.Queue[Piece | ApiErro
         arrived.put_nowait(error)
     except MoeLoraError as error:
         arrived.put_nowait(api_error(error))
-    except Exception as error:
-        arrived.put_nowait(ApiError(500, f"the server failed: {error}", "internal_error"))
-        raise
+    except Exception:
+        _log.exception("a completion failed")
+        arrived.put_nowait(ApiError(500, "the server failed; its log says why", "internal_error"))
 
 
 def _piece(item: Piece | ApiError) -> Piece:
