@@ -1,6 +1,5 @@
 """A server of a tiny random model, on a port of its own, for tests that talk HTTP."""
 
-import asyncio
 import contextlib
 import json
 import threading
@@ -129,7 +128,7 @@ def served(
     engine.start()
     socket = bind("127.0.0.1", 0)
     server = Server(service, drain_seconds=drain_seconds)
-    thread = threading.Thread(target=lambda: asyncio.run(server.serve([socket])))
+    thread = threading.Thread(target=server.run, args=([socket],))
     thread.start()
     try:
         wait_for(lambda: server.started or not thread.is_alive())

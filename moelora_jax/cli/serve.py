@@ -1,6 +1,5 @@
 """``moelora serve``."""
 
-import asyncio
 from ipaddress import ip_address
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -197,7 +196,7 @@ def serve(
         drain_seconds=drain_timeout,
         announcement=f"Serving {name} on http://{shown}:{socket.getsockname()[1]}",
     )
-    asyncio.run(server.serve([socket]))
+    server.run([socket])
 
 
 def _keys(api_keys: list[str], file: Path | None, admin_key: str | None) -> "Keys":
