@@ -13,7 +13,7 @@ import threading
 from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from http.client import HTTPConnection, HTTPResponse
+from http.client import HTTPConnection, HTTPResponse, IncompleteRead
 from pathlib import Path
 from typing import Any
 
@@ -441,3 +441,20 @@ def test_no_time_to_drain(llm: LLM, folder: Path) -> None:
             for number, _ in enumerate(stream):
                 if number == 0:
                     server.server.drain()
+
+
+def test_a_second_signal_waits_for_nothing(llm: LLM, folder: Path) -> None:
+    with served(llm, folder) as server:
+        sent = body(MODEL, 110, n=MAX_WAITING)
+        with begun(server, sent) as (_, response):
+            server.server.handle_exit(signal.SIGTERM, None)
+            assert server.service.draining
+            server.server.handle_exit(signal.SIGTERM, None)
+            try:
+                rest = response.read().decode()
+            except IncompleteRead as error:
+                rest = error.partial.decode()
+    assert '"shutting_down"' in rest or not rest.endswith("data: [DONE]\n\n")
+    stats = server.service.engine.stats()
+    assert stats.finished["cancelled"] > 0
+    assert stats.submitted == sum(stats.finished.values())

@@ -62,6 +62,7 @@ class Server(uvicorn.Server):
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """The signal handler."""
         if self._service.draining:
+            self.force_exit = True
             super().handle_exit(sig, frame)
         else:
             self.drain()
