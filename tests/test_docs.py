@@ -1,0 +1,171 @@
+"""Every code block of the README and of the site runs, in the order of its page."""
+
+import os
+import re
+import runpy
+import shlex
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import jax
+import pytest
+from typer.testing import CliRunner
+
+import moelora_jax
+from moelora_jax import LLM, BucketConfig, CacheConfig, LoraConfig, Prompt, RuntimeConfig
+from moelora_jax.cli import app
+from moelora_jax.cli.demo_files import ADAPTERS, write_demo
+
+ROOT = Path(__file__).parent.parent
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+#: A block, after the reason why it is not run, if it is not.
+BLOCK = re.compile(
+    r"^(?:<!-- not run: (?P<reason>.+?) -->\n+)?```(?P<language>.*)\n(?P<code>(?s:.*?))^```$",
+    flags=re.MULTILINE,
+)
+#: What is shown but is no code: files, diagrams, and what commands print.
+SHOWN = ("", "text", "json")
+EXAMPLE = ROOT / "examples" / "serving_loop.py"
+
+
+@dataclass(frozen=True)
+class Block:
+    """A block of code of a page."""
+
+    page: Path
+    line: int
+    language: str
+    code: str
+    reason: str | None
+
+    def __str__(self) -> str:
+        return f"{self.page.relative_to(ROOT)}:{self.line}"
+
+
+def blocks_of(page: Path) -> Iterator[Block]:
+    text = page.read_text(encoding="utf-8")
+    found = list(BLOCK.finditer(text))
+    assert len(re.findall("^```", text, flags=re.MULTILINE)) == 2 * len(found), page
+    for match in found:
+        if match["language"] not in SHOWN:
+            line = text.count("\n", 0, match.start("language")) + 1
+            yield Block(page, line, match["language"], match["code"], match["reason"])
+
+
+BLOCKS = [block for page in PAGES for block in blocks_of(page)]
+
+
+@dataclass
+class Session:
+    """A reader of one page: the folder, the Python names, and how far they have come."""
+
+    folder: Path
+    names: dict[str, object] = field(default_factory=lambda: {"__name__": "__main__"})
+    done: set[Block] = field(default_factory=set)
+
+    def run(self, block: Block) -> None:
+        self.done.add(block)
+        if block.language == "python":
+            source = "\n" * block.line + block.code  # so that a traceback has the page's lines
+            exec(compile(source, str(block.page), "exec"), self.names)
+        elif block.language == "sh":
+            for line in block.code.replace("\\\n", " ").splitlines():
+                run_command(shlex.split(line, comments=True))
+        else:
+            pytest.fail(f"{block}: {block.language} is neither run nor one of {SHOWN}")
+
+
+def run_command(words: list[str]) -> None:
+    if not words:
+        return
+    if words[0] == "moelora":
+        result = CliRunner().invoke(app, words[1:])
+    elif words[:2] == ["python", "examples/serving_loop.py"]:
+        runpy.run_path(str(EXAMPLE))["main"](Path(words[2]))
+        return
+    else:
+        pytest.fail(f"only moelora is run: give a reason before the block for {shlex.join(words)}")
+    assert result.exit_code == 0, f"{shlex.join(words)}\n{result.output}"
+
+
+@pytest.fixture(scope="module", autouse=True)
+def fast_compilation() -> Iterator[None]:
+    """The programs are tiny and run a few times: compile them cheaply."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
+@pytest.fixture(scope="module")
+def demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What ``moelora demo --folder demo`` writes."""
+    folder = tmp_path_factory.mktemp("files") / "demo"
+    write_demo(folder, rows=10, seed=0)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def sessions(demo: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[Path, Session]:
+    """A folder for each page. Those that do not make the demo's files themselves get them."""
+    made = {page: Session(tmp_path_factory.mktemp(page.stem)) for page in PAGES}
+    for page, session in made.items():
+        if "moelora demo --folder demo" not in page.read_text(encoding="utf-8"):
+            os.symlink(demo, session.folder / "demo")
+    return made
+
+
+@pytest.mark.parametrize("block", BLOCKS, ids=str)
+def test_block_runs(
+    block: Block, sessions: dict[Path, Session], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if block.reason:
+        pytest.skip(block.reason)
+    session = sessions[block.page]
+    monkeypatch.chdir(session.folder)
+    for earlier in BLOCKS[: BLOCKS.index(block) + 1]:
+        if earlier.page == block.page and not earlier.reason and earlier not in session.done:
+            session.run(earlier)
+
+
+def test_a_page_cannot_hide_a_block(tmp_path: Path) -> None:
+    page = tmp_path / "page.md"
+    page.write_text("<!-- not run: why -->\n```sh\na\n```\n\n```python\nb = 1\n```\n```text\nc\n```\n")
+    assert [(b.language, b.code, b.reason, b.line) for b in blocks_of(page)] == [
+        ("sh", "a\n", "why", 2),
+        ("python", "b = 1\n", None, 6),
+    ]
+    page.write_text("```python\nb = 1\n")
+    with pytest.raises(AssertionError):
+        list(blocks_of(page))
+
+
+def test_every_public_name_is_in_the_reference() -> None:
+    text = "".join(p.read_text(encoding="utf-8") for p in (ROOT / "docs/reference").glob("*.md"))
+    documented = set(re.findall(r"^::: ([\w.]+)", text, flags=re.MULTILINE))
+    assert "moelora_kernels" in documented  # with all names of its __all__
+    for name in moelora_jax.__all__:
+        thing = getattr(moelora_jax, name)
+        places = {f"moelora_jax.{name}", thing.__module__, f"{thing.__module__}.{name}"}
+        assert places & documented, name
+
+
+def test_serving_loop_by_hand(demo: Path) -> None:
+    """Nothing is compiled or moved, and the tokens are those of the engine."""
+    example = runpy.run_path(str(EXAMPLE))
+    requests, counts = example["serve"](demo)
+    assert counts["compilations after warm-up"] == 0
+    assert counts["arrays moved"] == 0
+    # Four adapters in two slots: somebody had to leave, and one was found where it was.
+    assert counts["adapters written between steps"] == len(ADAPTERS)
+
+    runtime = RuntimeConfig(
+        LoraConfig(max_rank=32), BucketConfig((8,), (64,)), CacheConfig(max_length=32)
+    )
+    llm = LLM.load(demo / "model", runtime=runtime)
+    for name in ADAPTERS:
+        llm.load_adapter(name, demo / "adapters" / name)
+    prompts = [Prompt(tokens, name) for tokens, name in example["REQUESTS"]]
+    expected = llm.generate(prompts, max_new_tokens=example["NEW_TOKENS"], stop_tokens=())
+    for request, completion, prompt in zip(requests, expected, prompts, strict=True):
+        assert tuple(request.tokens) == (*prompt.tokens, *completion.tokens)
