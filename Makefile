@@ -11,7 +11,7 @@ UV := $(BIN)/uv
 INSTALL := $(UV) pip install --python $(BIN)/python $(shell [ -t 2 ] || echo --quiet)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-demo demo browser test lint format clean
+.PHONY: help setup setup-demo demo browser test lint docs format clean
 
 help: ## Print this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -38,6 +38,9 @@ lint: setup ## Check style, format and types, as CI does
 	@$(BIN)/ruff format --check .
 	@$(BIN)/mypy
 
+docs: setup ## Build the site into build/site; a warning is an error
+	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet
+
 format: setup ## Format the code and repair what can be repaired
 	@$(BIN)/ruff format .
 	@$(BIN)/ruff check --fix .
@@ -49,7 +52,7 @@ clean: ## Remove .venv, caches and builds
 
 $(VENV)/.setup: pyproject.toml | $(UV)
 	@echo 'Installing moelora-jax, its tests and its linters into $(VENV); the first time this takes minutes.'
-	@$(INSTALL) --editable '.[test,lint]'
+	@$(INSTALL) --editable '.[test,lint,docs]'
 	@$(INSTALL) --no-deps --target $(VENV)/h200 $$($(BIN)/python -c \
 	    'import jax; print(*(f"jax-cuda13-{part}=={jax.__version__}" for part in ("plugin", "pjrt")))')
 	@touch $@ $(VENV)/.setup-demo

@@ -37,7 +37,7 @@ from tests.tiny_llm import random_adapter as tiny_llm_adapter
 
 CONFIG = family_of(MODEL_CONFIG).read_config(MODEL_CONFIG)
 NAMES = family_of(MODEL_CONFIG).module_names
-README = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
+QUICK_START = (Path(__file__).parent.parent / "docs" / "index.md").read_text(encoding="utf-8")
 ROWS = 5
 
 
@@ -89,13 +89,13 @@ def rows(tmp_path: Path) -> Path:
     return tmp_path / "rows.jsonl"
 
 
-def readme_blocks(language: str) -> list[str]:
-    return re.findall(rf"^```{language}\n(.*?)^```", README, flags=re.DOTALL | re.MULTILINE)
+def quick_start_blocks(language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```", QUICK_START, flags=re.DOTALL | re.MULTILINE)
 
 
-def readme_command(name: str) -> list[str]:
-    """The arguments of the README's ``moelora NAME``."""
-    lines = "".join(readme_blocks("sh")).replace("\\\n", " ").splitlines()
+def quick_start_command(name: str) -> list[str]:
+    """The arguments of the quick start's ``moelora NAME``."""
+    lines = "".join(quick_start_blocks("sh")).replace("\\\n", " ").splitlines()
     (line,) = [line for line in lines if line.startswith(f"moelora {name}")]
     return shlex.split(line)[1:]
 
@@ -104,7 +104,7 @@ def readme_command(name: str) -> list[str]:
 
 
 def test_demo_proves_what_it_claims() -> None:
-    # The sizes are those of the README's commands.
+    # The sizes are those of the quick start's commands.
     result = run("demo", "--rows", ROWS, "--max-new-tokens", 8, "--batches", 10)
     assert result.exit_code == 0, result.output
     words = " ".join(result.stdout.split())
@@ -118,18 +118,10 @@ def test_demo_fails_if_a_proof_does(monkeypatch: pytest.MonkeyPatch) -> None:
     assert run("demo").exit_code == 1
 
 
-def test_readme_python(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(folder.parent)
-    names: dict[str, object] = {}
-    for block in readme_blocks("python"):
-        exec(compile(block, "README.md", "exec"), names)
-    assert [len(logits) for logits in names["logits"]] == [3, 3, 2]  # type: ignore[attr-defined]
-
-
-def test_readme_commands(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_quick_start_commands(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Scoring and generating the same rows: the first new token is the best of the logits."""
     monkeypatch.chdir(folder.parent)
-    generated = run(*readme_command("generate"))
+    generated = run(*quick_start_command("generate"))
     assert generated.exit_code == 0, generated.output
     completions = [json.loads(line) for line in generated.stdout.splitlines()]
     assert [row["adapter"] for row in completions] == [None, *ADAPTERS]
@@ -138,7 +130,7 @@ def test_readme_commands(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         assert row["finish_reason"] == "length"
         assert row["text"].split() == [f"w{token}" for token in row["tokens"]]
 
-    scored = run(*readme_command("score"))
+    scored = run(*quick_start_command("score"))
     assert scored.exit_code == 0, scored.output
     assert scored.stdout == ""
     logits = load_file("logits.safetensors")
@@ -233,7 +225,7 @@ def test_inspect_without_a_model(folder: Path) -> None:
 
 def test_inspect_of_the_readme(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(folder.parent)
-    result = run(*readme_command("inspect"))
+    result = run(*quick_start_command("inspect"))
     assert result.exit_code == 0
     assert "linear+peft_fused" in result.stdout
     assert "\nfits: every tensor has a place" in result.stdout
@@ -288,7 +280,7 @@ def test_convert_of_the_readme(
 ) -> None:
     (tmp_path / "demo").symlink_to(folder)
     monkeypatch.chdir(tmp_path)
-    result = run(*readme_command("convert"))
+    result = run(*quick_start_command("convert"))
     assert result.exit_code == 0, result.output
     sites = CONFIG.lora_sites()
     old = read_adapter("demo/adapters/both-r16", sites, module_names=NAMES)
@@ -299,7 +291,7 @@ def test_convert_of_the_readme(
         assert update.a.tobytes() == new.updates[target].a.tobytes()
         assert update.b.tobytes() == new.updates[target].b.tobytes()
         assert update.scaling == new.updates[target].scaling
-    assert "already exists" in error(*readme_command("convert"))
+    assert "already exists" in error(*quick_start_command("convert"))
 
 
 def test_derived_pools_hold_any_choice_of_adapters(folder: Path) -> None:
