@@ -11,7 +11,7 @@ UV := $(BIN)/uv
 INSTALL := $(UV) pip install --python $(BIN)/python $(shell [ -t 2 ] || echo --quiet)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-demo demo browser test lint docs format clean
+.PHONY: help setup setup-demo demo browser test notebooks lint docs format clean
 
 help: ## Print this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -32,6 +32,9 @@ browser: ## Install Chromium on Debian, as root: without it the test of the stat
 
 test: setup ## Run the tests; those marked gpu are skipped where there is none
 	@$(BIN)/pytest -n $(WORKERS) --dist loadfile $(ARGS)
+
+notebooks: setup ## Run the notebooks and write their outputs anew; ARGS names some of them
+	@$(BIN)/python -m tests.notebooks $(ARGS)
 
 lint: setup ## Check style, format and types, as CI does
 	@$(BIN)/ruff check .

@@ -2,7 +2,7 @@
 
 Prints one JSON object: for each program its donated, aliased, temporary and new output bytes, and
 the launches outside and inside of the loop over layers, by the kind of thunk XLA makes of them, and
-how many copies are among all.
+how many copies are among all. Names on the command line choose programs.
 """
 
 import json
@@ -120,6 +120,8 @@ def main() -> None:
         if lora
     ]
     for name, runner, key in programs:
+        if sys.argv[1:] and name not in sys.argv[1:]:
+            continue
         before = set(Path(DUMP.name).iterdir())
         program = compile_for_h200(
             runner._step_function(key), *runner._arguments(key), donate_argnums=0
