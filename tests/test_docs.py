@@ -14,6 +14,7 @@ from types import ModuleType
 import jax
 import numpy as np
 import pytest
+from typer.main import get_command
 from typer.testing import CliRunner
 
 import moelora_jax
@@ -21,6 +22,7 @@ import moelora_kernels
 from moelora_jax import LLM, BucketConfig, CacheConfig, LoraConfig, Prompt, RuntimeConfig
 from moelora_jax.cli import app
 from moelora_jax.cli.demo_files import ADAPTERS
+from tests.served_model import served, tiny_model
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -77,14 +79,21 @@ class Session:
             source = "\n" * block.line + block.code  # so that a traceback has the page's lines
             exec(compile(source, str(block.page), "exec"), self.names)
         elif block.language == "sh":
-            for line in block.code.replace("\\\n", " ").splitlines():
-                run_command(shlex.split(line, comments=True))
+            for words in commands_of(block):
+                run_command(words)
         else:
             pytest.fail(f"{block}: {block.language} is neither run nor one of {SHOWN}")
 
 
+def commands_of(block: Block) -> Iterator[list[str]]:
+    """The words of each command of a block of shell."""
+    for line in block.code.replace("\\\n", " ").splitlines():
+        if words := shlex.split(line, comments=True):
+            yield words
+
+
 def run_command(words: list[str]) -> None:
-    if not words or words == DEMO:  # The fixture has run the demo for all pages.
+    if words == DEMO:  # The fixture has run the demo for all pages.
         return
     if words[0] != "moelora":
         pytest.fail(f"only moelora is run: give a reason before the block for {shlex.join(words)}")
@@ -131,6 +140,38 @@ def test_block_runs(
     for earlier in BLOCKS[: BLOCKS.index(block) + 1]:
         if earlier.page == block.page and not earlier.reason and earlier not in session.done:
             session.run(earlier)
+
+
+NOT_RUN = [
+    words
+    for block in BLOCKS
+    if block.reason and block.language == "sh"
+    for words in commands_of(block)
+    if words[0] == "moelora"
+]
+
+
+@pytest.mark.parametrize("words", NOT_RUN, ids=shlex.join)
+def test_a_command_that_is_not_run_is_valid(words: list[str]) -> None:
+    """Its options exist and have valid values."""
+    command = get_command(app).commands[words[1]]  # type: ignore[attr-defined]
+    command.make_context(words[1], words[2:]).close()
+
+
+def test_the_guides_client(tmp_path: Path) -> None:
+    """The client of the serving guide talks to a server of the names that the guide gives."""
+    (client,) = [b for b in BLOCKS if b.page.name == "serving.md" and b.language == "python"]
+    address = "http://127.0.0.1:8000"
+    assert client.code.count(address) == 1
+    llm = tiny_model(tmp_path)
+    llm.load_adapter("large", tmp_path / "adapters" / "experts-r24")
+    with served(llm, tmp_path, model_name="model") as server:
+        names: dict[str, object] = {}
+        exec(client.code.replace(address, server.url), names)
+        names["client"].close()  # type: ignore[attr-defined]
+        finished = 'moelora_adapter_requests_total{adapter="%s"}'
+        metrics = server.metrics()
+        assert (metrics[finished % "large"], metrics[finished % "model"]) == (1, 1)
 
 
 def test_a_page_cannot_hide_a_block(tmp_path: Path) -> None:
