@@ -34,7 +34,8 @@ from moelora_jax import LLM, BucketConfig, CacheConfig, LoraConfig, Prompt, Runt
 from moelora_jax.cli.demo_files import write_demo
 
 plt.rcParams["figure.dpi"] = 80
-demo = Path(tempfile.mkdtemp(prefix="moelora-"))
+folder = tempfile.TemporaryDirectory(prefix="moelora-")  # Goes with the kernel.
+demo = Path(folder.name)
 write_demo(demo, rows=1, seed=0)
 print("model:   ", *sorted(path.name for path in (demo / "model").iterdir()))
 print("adapters:", *sorted(path.name for path in (demo / "adapters").iterdir()))

@@ -43,7 +43,8 @@ logging.disable_progress_bar()
 logging.set_verbosity_error()
 
 plt.rcParams["figure.dpi"] = 80
-demo = Path(tempfile.mkdtemp(prefix="moelora-"))
+folder = tempfile.TemporaryDirectory(prefix="moelora-")  # Goes with the kernel.
+demo = Path(folder.name)
 write_demo(demo, rows=1, seed=0)
 adapters = demo / "adapters"
 

@@ -40,7 +40,8 @@ from prometheus_client.parser import text_string_to_metric_families
 from moelora_jax.cli.demo_files import write_demo
 
 plt.rcParams["figure.dpi"] = 80
-demo = Path(tempfile.mkdtemp(prefix="moelora-"))
+folder = tempfile.TemporaryDirectory(prefix="moelora-")  # Goes with the kernel.
+demo = Path(folder.name)
 write_demo(demo, rows=1, seed=0)
 
 # %% [markdown]
