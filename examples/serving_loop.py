@@ -54,8 +54,14 @@ class Request:
     slot: int = -1
 
 
-def pack(layout: BatchLayout, rows: list[Request]) -> np.ndarray:
-    """One step as an int32 vector: of each row the tokens that are not in the cache yet."""
+def layout_of(key: ProgramKey) -> BatchLayout:
+    """How a step is packed into one int32 vector."""
+    return BatchLayout(key.bucket, RUNTIME.cache.blocks_per_sequence)
+
+
+def pack(key: ProgramKey, rows: list[Request]) -> np.ndarray:
+    """A step: of each row the tokens that are not in the cache yet."""
+    layout = layout_of(key)
     batch, blocks, start = layout.empty(), np.arange(layout.blocks_per_sequence), 0
     for row, request in enumerate(rows):
         new = request.tokens[request.in_cache :]
@@ -73,19 +79,8 @@ def pack(layout: BatchLayout, rows: list[Request]) -> np.ndarray:
     return layout.pack(batch)
 
 
-def serve(folder: Path) -> tuple[list[Request], dict[str, int]]:
-    """Runs the requests on a demo's files; returns them complete, and what was counted."""
-    model, config, family = load_model(folder / "model", jnp.float32)
-    graph, params = nnx.split(model)
-    pool, adapters = PagePool(config.lora_sites(), RUNTIME.lora, jnp.float32), {}
-    for name in {name for _, name in REQUESTS if name}:
-        path, sites = folder / "adapters" / name, config.lora_sites()
-        adapters[name] = pool.pack(read_adapter(path, sites, module_names=family.module_names))
-    shapes = workspace.device_state_shapes(config, RUNTIME, jnp.float32)
-    state = workspace.allocate(shapes)  # Workspaces and KV cache: donated to every step.
-
-    def layout_of(key: ProgramKey) -> BatchLayout:
-        return BatchLayout(key.bucket, RUNTIME.cache.blocks_per_sequence)
+def compile_programs(graph: Any, params: Any, pool: PagePool, state: Any) -> buckets.Programs:
+    """A program for each bucket, with LoRA and without, its first argument donated."""
 
     def build(key: ProgramKey) -> Any:
         def step(state: Any, params: Any, pages: Any, packed: jax.Array) -> Any:
@@ -98,14 +93,28 @@ def serve(folder: Path) -> tuple[list[Request], dict[str, int]]:
 
         return step
 
-    def arguments(key: ProgramKey) -> tuple[Any, ...]:
-        arrays = (params, pool.device_pages() if key.lora else None)
+    def arguments(key: ProgramKey) -> Any:
+        pages = pool.device_pages() if key.lora else None
         packed = jax.ShapeDtypeStruct((layout_of(key).size,), jnp.int32)
-        return (shapes, *jax.tree.map(jax.typeof, arrays), packed)
+        return (*jax.tree.map(jax.typeof, (state, params, pages)), packed)
 
-    programs = buckets.Programs(build, arguments)  # jit, with the first argument donated
+    programs = buckets.Programs(build, arguments)
     programs.compile(buckets.program_keys(RUNTIME.buckets, ("prefill", "decode")))
     pool.warm_up()
+    return programs
+
+
+def serve(folder: Path) -> tuple[list[Request], dict[str, int]]:
+    """Runs the requests on a demo's files; returns them complete, and what was counted."""
+    model, config, family = load_model(folder / "model", jnp.float32)
+    graph, params = nnx.split(model)
+    pool, adapters = PagePool(config.lora_sites(), RUNTIME.lora, jnp.float32), {}
+    for name in {name for _, name in REQUESTS if name}:
+        path, sites = folder / "adapters" / name, config.lora_sites()
+        adapters[name] = pool.pack(read_adapter(path, sites, module_names=family.module_names))
+    # Workspaces and KV cache: allocated here, donated to every step, returned by it.
+    state = workspace.allocate(workspace.device_state_shapes(config, RUNTIME, jnp.float32))
+    programs = compile_programs(graph, params, pool, state)
     before = workspace.addresses((state, pool.device_pages()))
 
     requests = [Request([*tokens], name, len(tokens) + NEW_TOKENS) for tokens, name in REQUESTS]
@@ -114,7 +123,7 @@ def serve(folder: Path) -> tuple[list[Request], dict[str, int]]:
     steps = writes = 0
     with buckets.CompilationCounter() as compilations:
         while waiting or running:
-            admitted: list[Request] = []
+            new: list[Request] = []
             seats = set(range(RUNTIME.buckets.max_sequences)) - {r.seat for r in running}
             while waiting and seats:
                 request = waiting[0]
@@ -129,20 +138,19 @@ def serve(folder: Path) -> tuple[list[Request], dict[str, int]]:
                         in_slot[request.slot] = request.adapter
                         writes += 1
                 request.seat = seats.pop()
-                admitted.append(waiting.popleft())
+                new.append(waiting.popleft())
                 running.append(request)
 
             # A step is the prompts of those that are new, or else one token of all.
-            rows = admitted or running
-            shaped = RUNTIME.buckets
-            fitting = shaped.prefill_buckets() if admitted else shaped.decode_buckets()
+            rows, sizes = new or running, RUNTIME.buckets
             num_tokens = sum(len(r.tokens) - r.in_cache for r in rows)
+            fitting = sizes.prefill_buckets() if new else sizes.decode_buckets()
             bucket = buckets.choose_bucket(fitting, num_tokens, len(rows))
             lora = any(r.adapter for r in rows)
-            key = ProgramKey("prefill" if admitted else "decode", bucket, lora)
-            packed = jax.device_put(pack(layout_of(key), rows))
-            # The pages anew in each step: a write donates the arrays of before.
+            key = ProgramKey("prefill" if new else "decode", bucket, lora)
+            # The pages anew in each step: writing them donates the arrays of before.
             pages = pool.device_pages() if lora else None
+            packed = jax.device_put(pack(key, rows))
             state, chosen = programs[key](state, params, pages, packed)
             for request, token in zip(rows, np.asarray(chosen).tolist(), strict=False):
                 request.in_cache = len(request.tokens)
