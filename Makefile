@@ -42,7 +42,7 @@ lint: setup ## Check style, format and types, as CI does
 	@$(BIN)/mypy
 
 docs: setup ## Build the site into build/site; a warning is an error
-	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet
+	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 format: setup ## Format the code and repair what can be repaired
 	@$(BIN)/ruff format .

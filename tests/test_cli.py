@@ -37,7 +37,7 @@ from tests.tiny_llm import random_adapter as tiny_llm_adapter
 
 CONFIG = family_of(MODEL_CONFIG).read_config(MODEL_CONFIG)
 NAMES = family_of(MODEL_CONFIG).module_names
-QUICK_START = (Path(__file__).parent.parent / "docs" / "index.md").read_text(encoding="utf-8")
+DOCS = Path(__file__).parent.parent / "docs"
 ROWS = 5
 
 
@@ -89,13 +89,11 @@ def rows(tmp_path: Path) -> Path:
     return tmp_path / "rows.jsonl"
 
 
-def quick_start_blocks(language: str) -> list[str]:
-    return re.findall(rf"^```{language}\n(.*?)^```", QUICK_START, flags=re.DOTALL | re.MULTILINE)
-
-
-def quick_start_command(name: str) -> list[str]:
-    """The arguments of the quick start's ``moelora NAME``."""
-    lines = "".join(quick_start_blocks("sh")).replace("\\\n", " ").splitlines()
+def documented_command(page: str, name: str) -> list[str]:
+    """The arguments of the ``moelora NAME`` of a page of the documentation."""
+    text = (DOCS / page).read_text(encoding="utf-8")
+    blocks = re.findall(r"^```sh\n(.*?)^```", text, flags=re.DOTALL | re.MULTILINE)
+    lines = "".join(blocks).replace("\\\n", " ").splitlines()
     (line,) = [line for line in lines if line.startswith(f"moelora {name}")]
     return shlex.split(line)[1:]
 
@@ -121,7 +119,7 @@ def test_demo_fails_if_a_proof_does(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_quick_start_commands(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Scoring and generating the same rows: the first new token is the best of the logits."""
     monkeypatch.chdir(folder.parent)
-    generated = run(*quick_start_command("generate"))
+    generated = run(*documented_command("index.md", "generate"))
     assert generated.exit_code == 0, generated.output
     completions = [json.loads(line) for line in generated.stdout.splitlines()]
     assert [row["adapter"] for row in completions] == [None, *ADAPTERS]
@@ -130,7 +128,7 @@ def test_quick_start_commands(folder: Path, monkeypatch: pytest.MonkeyPatch) -> 
         assert row["finish_reason"] == "length"
         assert row["text"].split() == [f"w{token}" for token in row["tokens"]]
 
-    scored = run(*quick_start_command("score"))
+    scored = run(*documented_command("index.md", "score"))
     assert scored.exit_code == 0, scored.output
     assert scored.stdout == ""
     logits = load_file("logits.safetensors")
@@ -225,7 +223,7 @@ def test_inspect_without_a_model(folder: Path) -> None:
 
 def test_inspect_of_the_readme(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(folder.parent)
-    result = run(*quick_start_command("inspect"))
+    result = run(*documented_command("index.md", "inspect"))
     assert result.exit_code == 0
     assert "linear+peft_fused" in result.stdout
     assert "\nfits: every tensor has a place" in result.stdout
@@ -280,7 +278,7 @@ def test_convert_of_the_readme(
 ) -> None:
     (tmp_path / "demo").symlink_to(folder)
     monkeypatch.chdir(tmp_path)
-    result = run(*quick_start_command("convert"))
+    result = run(*documented_command("index.md", "convert"))
     assert result.exit_code == 0, result.output
     sites = CONFIG.lora_sites()
     old = read_adapter("demo/adapters/both-r16", sites, module_names=NAMES)
@@ -291,7 +289,7 @@ def test_convert_of_the_readme(
         assert update.a.tobytes() == new.updates[target].a.tobytes()
         assert update.b.tobytes() == new.updates[target].b.tobytes()
         assert update.scaling == new.updates[target].scaling
-    assert "already exists" in error(*quick_start_command("convert"))
+    assert "already exists" in error(*documented_command("index.md", "convert"))
 
 
 def test_derived_pools_hold_any_choice_of_adapters(folder: Path) -> None:

@@ -14,7 +14,7 @@ from moelora_jax.cli.demo_files import ADAPTERS, MODEL_CONFIG, write_demo
 from moelora_jax.engine.trace import Trace
 from moelora_jax.models import convert_checkpoint
 from moelora_jax.parity import adapted, compare, load_torch_model, trace_torch
-from tests.test_cli import error, fast_compilation, readme_command, run
+from tests.test_cli import documented_command, error, fast_compilation, run
 
 __all__ = ["fast_compilation"]  # A fixture for all tests of a module.
 
@@ -37,9 +37,11 @@ def options(folder: Path) -> list[object]:
     return ["--model", folder / "model", *(word for pair in adapters for word in pair)]
 
 
-def test_the_readmes_command(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_documented_command(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(folder.parent)
-    result = run(*readme_command("parity"), "--json", tmp_path / "report.json")
+    result = run(*documented_command("numerics.md", "parity"), "--json", tmp_path / "report.json")
     assert result.exit_code == 0, result.output
     assert "within the tolerance: largest error of a logit" in result.stdout
     report = json.loads((tmp_path / "report.json").read_text())
