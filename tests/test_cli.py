@@ -153,6 +153,13 @@ def test_the_guide_names_every_flag() -> None:
         assert options - known <= set(re.findall(r"--[a-z-]+", text)), name
 
 
+@pytest.mark.parametrize("key", ["", "a key", " key"])
+@pytest.mark.parametrize("flag", ["--api-key", "--admin-key"])
+def test_keys_have_no_spaces(folder: Path, flag: str, key: str) -> None:
+    message = error("serve", "--model", folder / "model", flag, key)
+    assert message.endswith("a key must not be empty, nor contain spaces")
+
+
 def test_bench_serve_measures_an_engine(folder: Path, tmp_path: Path) -> None:
     """What it measures of a server is in test_load_test.py."""
     output = tmp_path / "out.json"

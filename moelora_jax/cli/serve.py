@@ -71,7 +71,7 @@ def serve(
             show_envvar=True,
             rich_help_panel=_ACCESS,
             help="A key that requests must send; repeat for more. Others see the command line, so "
-            "rather use the environment.",
+            "rather use the environment, where spaces separate keys.",
         ),
     ] = None,
     api_keys_file: Annotated[
@@ -203,8 +203,9 @@ def _keys(api_keys: list[str], file: Path | None, admin_key: str | None) -> "Key
     from moelora_jax.server.keys import Key, Keys, digest, read_keys
 
     for key in (*api_keys, *([] if admin_key is None else [admin_key])):
-        if not key or key != key.strip():
-            raise MoeLoraError("a key must not be empty, nor begin or end with a space")
+        # A space would separate two keys in the environment variable.
+        if not key or key.split() != [key]:
+            raise MoeLoraError("a key must not be empty, nor contain spaces")
     given = [Key(digest(key)) for key in api_keys]
     return Keys([*given, *([] if file is None else read_keys(file))], admin_key)
 
