@@ -5,6 +5,7 @@ without ``out`` it returns a new array. Inputs may be arrays or references.
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -29,6 +30,11 @@ def result(out: Buffer | None, value: Array) -> Buffer:
         raise ValueError(f"out has shape {out.shape}, too small for a result of {value.shape}")
     out[tuple(slice(size) for size in value.shape)] = value
     return out
+
+
+def given_or_new(given: Buffer | None, shape: Sequence[int], dtype: DTypeLike) -> Any:
+    """The reference that a kernel was given to write, or else a temporary one."""
+    return new_buffer(shape, dtype) if given is None else given
 
 
 def new_buffer(shape: Sequence[int], dtype: DTypeLike) -> jax.Ref:

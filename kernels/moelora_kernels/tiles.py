@@ -31,6 +31,17 @@ class TileRows:
         return lax.dynamic_slice_in_dim(array, self.start, self.size)
 
 
+def max_tiles(rows: int, groups: int, tile_rows: int) -> int:
+    """Entries of a tile map at worst: every group that can have rows has a partly filled tile.
+
+    Args:
+        rows: of all groups.
+        groups: that no tile spans two of.
+        tile_rows: rows of a full tile.
+    """
+    return rows // tile_rows + min(rows, groups)
+
+
 def group_tiles(counts: Array, tile_rows: int, num_tiles: int) -> tuple[Array, Array, Array]:
     """Cut consecutive groups of rows into tiles that span one group each.
 

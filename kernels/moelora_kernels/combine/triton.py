@@ -22,7 +22,7 @@ def combine(
     """See :func:`moelora_kernels.combine`."""
     tokens, top_k = weights.shape
     width = expert_out.shape[1]
-    block = min(triton.next_power_of_2(width), 1024)
+    block = block_columns(width)
     return launch(
         combine_token,
         (expert_out, weights, sort.row_of_pair),
@@ -34,6 +34,11 @@ def combine(
         SCALING=float(scaling),
         BLOCK=block,
     )[0]
+
+
+def block_columns(width: int) -> int:
+    """Columns of a program."""
+    return min(triton.next_power_of_2(width), 1024)
 
 
 @triton.jit

@@ -16,6 +16,7 @@ from moelora_kernels.expert_lora.triton import (
     shrink,
     tile_adapters,
 )
+from moelora_kernels.tiles import max_tiles
 from moelora_kernels.tuning.tiles import GemmTiles, ShrinkTiles
 from moelora_kernels.types import PAGE_ROWS, Buffer, SitePages, TokenSort
 
@@ -59,7 +60,7 @@ def add_expand_rows(
         total[:tokens] = y
     _, _, adapters, max_pages, _ = pages.table.shape
     stacked_pages = min(triton.next_power_of_2(max_pages), 4)
-    num_tiles = tokens // tile_rows + min(tokens, 1)
+    num_tiles = max_tiles(tokens, 1, tile_rows)
     inputs = (
         *(sort.order, sort.expert_tiles, sort.group_of_row),
         *(scalar(layer), z, pages.table, pages.b_pool),

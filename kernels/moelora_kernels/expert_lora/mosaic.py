@@ -31,6 +31,7 @@ from moelora_kernels.backend import Launch, launch, scalar
 from moelora_kernels.buffers import result
 from moelora_kernels.expert_lora import reference
 from moelora_kernels.expert_lora.triton import find_adapters, shrink, tile_adapters
+from moelora_kernels.tiles import max_tiles
 from moelora_kernels.tuning.tiles import MosaicTiles
 from moelora_kernels.types import PAGE_ROWS, Buffer, SitePages, TokenSort
 
@@ -239,7 +240,7 @@ def grouped_product(
     # Of one LoRA step: its numbers, rank activations, pages, and zeros.
     num_loads = 1 + parts + BLOCK_K // 8 * parts
     num_depth_steps = pl.cdiv(depth, BLOCK_K)
-    num_tiles = pairs // TILE_ROWS + min(pairs, experts)
+    num_tiles = max_tiles(pairs, experts, TILE_ROWS)
     order = min(tiles.order, num_tiles)
     num_items = pl.cdiv(num_tiles, order) * order * num_blocks
     stages = tiles.stages

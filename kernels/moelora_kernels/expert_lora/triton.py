@@ -26,7 +26,8 @@ from jax import Array
 from jax.typing import DTypeLike
 
 from moelora_kernels.backend import Launch, launch, scalar
-from moelora_kernels.buffers import new_buffer
+from moelora_kernels.buffers import given_or_new
+from moelora_kernels.tiles import max_tiles
 from moelora_kernels.tuning.tiles import GemmTiles, ShrinkTiles
 from moelora_kernels.types import PAGE_ROWS, SIGNALS, Buffer, SitePages, TokenSort
 
@@ -192,10 +193,9 @@ def _product(
             )  # fmt: skip
         else:
             producers = lora.pairs * len(lora.sites)
-            if z is None:
-                z = new_buffer((len(lora.sites), lora.pairs, lora.sites[0].max_rank), x.dtype)
-            signals = new_buffer(SIGNALS, jnp.int32) if signals is None else signals
-    num_tiles = lora.pairs // tile_rows + min(lora.pairs, experts)
+            z = given_or_new(z, (len(lora.sites), lora.pairs, lora.sites[0].max_rank), x.dtype)
+            signals = given_or_new(signals, SIGNALS, jnp.int32)
+    num_tiles = max_tiles(lora.pairs, experts, tile_rows)
     programs = num_tiles * triton.cdiv(shape.shape[1], tiles.block_n)
     constants |= product_constants(x, tiles, tile_rows, experts, lora.sites, z)
     constants |= {"PRODUCERS": producers, "PROGRAMS": programs, "SIGNALS": SIGNALS[0]}
@@ -204,7 +204,7 @@ def _product(
     if producers == 0:
         refs = None if out is None else [out]
         return launch(kernel, (*inputs, *arrays, z, None), [shape], refs, how, **constants)[0]
-    target: Any = new_buffer(shape.shape, shape.dtype) if out is None else out
+    target = given_or_new(out, shape.shape, shape.dtype)
     launch(kernel, (*inputs, *arrays), (), [z, signals, target], how, **constants)
     return target[...] if out is None else out
 

@@ -15,8 +15,8 @@ import triton.language as tl
 from jax import Array
 
 from moelora_kernels.backend import Launch, launch, scalar
-from moelora_kernels.buffers import new_buffer
-from moelora_kernels.combine.triton import sum_experts
+from moelora_kernels.buffers import given_or_new
+from moelora_kernels.combine.triton import block_columns, sum_experts
 from moelora_kernels.expert_lora.triton import (
     clear,
     down_tile,
@@ -30,6 +30,7 @@ from moelora_kernels.expert_lora.triton import (
 )
 from moelora_kernels.sort.api import token_sort_shapes
 from moelora_kernels.sort.triton import count_and_place, counting_constants
+from moelora_kernels.tiles import max_tiles
 from moelora_kernels.tuning.tiles import MoeTiles, MosaicTiles
 from moelora_kernels.types import SIGNALS, Buffer, ExpertPages, TokenSort
 
@@ -68,7 +69,7 @@ def fused_experts(
     num_adapters = 0 if pages is None else pages.gate.num_adapters
 
     def buffer(given: Buffer | None, shape: tuple[int, ...], dtype: Any = x.dtype) -> Any:
-        return new_buffer(shape, dtype) if given is None else given
+        return given_or_new(given, shape, dtype)
 
     shapes = token_sort_shapes(
         tokens,
@@ -111,10 +112,10 @@ def fused_experts(
     sorting, sorts = counting_constants(
         pairs, top_k, num_experts, num_adapters, tiles.tile_rows, sorted_pairs[2].shape[0]
     )
-    num_tiles = pairs // tiles.tile_rows + min(pairs, num_experts)
+    num_tiles = max_tiles(pairs, num_experts, tiles.tile_rows)
     gate_ups = num_tiles * triton.cdiv(inner, gate_up_tiles.block_n)
     downs = num_tiles * triton.cdiv(width, down_tiles.block_n)
-    combine_block = min(triton.next_power_of_2(width), 1024)
+    combine_block = block_columns(width)
     combines = tokens * triton.cdiv(width, combine_block)
     total = buffer(out, (tokens, width))
     launch(

@@ -17,7 +17,7 @@ import triton.language as tl
 from jax import Array
 
 from moelora_kernels.backend import Launch, launch, scalar
-from moelora_kernels.buffers import new_buffer
+from moelora_kernels.buffers import given_or_new
 from moelora_kernels.expert_lora.triton import (
     activate,
     clear,
@@ -62,7 +62,7 @@ def one_token(
     _, num_experts, _, inner, width = gate_up_weight.shape
 
     def buffer(given: Buffer | None, shape: tuple[int, ...], dtype: Any = x.dtype) -> Any:
-        return new_buffer(shape, dtype) if given is None else given
+        return given_or_new(given, shape, dtype)
 
     # Without LoRA there are no factors, and no rank activations of gate_up and down.
     lora: tuple[Any, ...] = (None,) * 14

@@ -9,6 +9,7 @@ from jaxtyping import Int32
 from moelora_kernels.backend import Implementation, choose
 from moelora_kernels.buffers import result
 from moelora_kernels.sort import reference
+from moelora_kernels.tiles import max_tiles
 from moelora_kernels.types import TokenSort
 
 
@@ -21,8 +22,8 @@ def token_sort_shapes(
     have rows at all.
     """
     pairs = tokens * top_k
-    expert_tiles = pairs // tile_rows + min(pairs, num_experts)
-    run_tiles = pairs // tile_rows + min(pairs, num_experts * num_adapters) if num_adapters else 0
+    expert_tiles = max_tiles(pairs, num_experts, tile_rows)
+    run_tiles = max_tiles(pairs, num_experts * num_adapters, tile_rows) if num_adapters else 0
     shapes = ((pairs,), (pairs,), (expert_tiles, 3), (run_tiles, 4), (pairs,))
     arrays: Any = (jax.ShapeDtypeStruct(shape, "int32") for shape in shapes)
     return TokenSort(*arrays)
