@@ -15,9 +15,9 @@ from moelora_jax.cli.limits import changed_optional_sites, derive_runtime
 from moelora_jax.cli.options import AdapterFolder, Dtype, layout_errors_name, parse_adapters
 from moelora_jax.cli.output import print_memory, progress_bar, stderr
 from moelora_jax.cli.rows import read_rows
-from moelora_jax.cli.sizes import compute_dtype, device_memory, serving_runtime
+from moelora_jax.cli.sizes import device_memory, serving_runtime
 from moelora_jax.config import LoraSite
-from moelora_jax.engine.llm import LLM, Prompt
+from moelora_jax.engine.llm import LLM, Prompt, default_dtype
 from moelora_jax.engine.memory import fit_cache
 from moelora_jax.models import ModelFamily, read_model_config
 from moelora_jax.models.tokenizer import read_tokenizer
@@ -135,13 +135,12 @@ def load_for_serving(
         pool_rank=pool_rank,
         optional_sites=[*optional_sites, *changed_optional_sites(config, loaded.values())],
     )
+    compute_dtype = default_dtype() if dtype is None else dtype.numpy
     budget = device_memory()
     if budget is not None:
-        runtime = fit_cache(family, config, runtime, compute_dtype(dtype), budget)
+        runtime = fit_cache(family, config, runtime, compute_dtype, budget)
     use_compilation_cache()
-    llm = LLM.load(
-        model, runtime=runtime, dtype=None if dtype is None else dtype.numpy, progress=True
-    )
+    llm = LLM.load(model, runtime=runtime, dtype=compute_dtype, progress=True)
     for name in list(loaded):
         llm.load_adapter(name, loaded.pop(name))
     typer.echo(f"Ready: {llm.warm_up(progress=True)}", err=True)

@@ -4,11 +4,8 @@ from collections.abc import Sequence
 from typing import Annotated
 
 import jax
-import jax.numpy as jnp
-import numpy as np
 import typer
 
-from moelora_jax.cli.options import Dtype
 from moelora_jax.config import BucketConfig, CacheConfig, LoraConfig, ModelConfig, RuntimeConfig
 from moelora_jax.errors import RequestError
 
@@ -123,13 +120,6 @@ def _sizes(smallest: int, largest: int, factor: int) -> tuple[int, ...]:
         sizes.append(smallest)
         smallest *= factor
     return (*sizes, largest)
-
-
-def compute_dtype(dtype: Dtype | None) -> np.dtype:
-    """The dtype of an option; unless given, float32 on a CPU and bfloat16 elsewhere."""
-    if dtype is not None:
-        return dtype.numpy
-    return jnp.dtype(jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16)
 
 
 def device_memory() -> int | None:

@@ -57,6 +57,11 @@ class Completion:
     finish_reason: FinishReason
 
 
+def default_dtype() -> np.dtype:
+    """The compute dtype unless one is given: float32 on a CPU and bfloat16 elsewhere."""
+    return jnp.dtype(jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16)
+
+
 class LLM:
     """A Mixture-of-Experts model and its adapters.
 
@@ -113,8 +118,7 @@ class LLM:
         Raises:
             CheckpointError: the folder is incomplete, damaged or of an unsupported model.
         """
-        if dtype is None:
-            dtype = jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16
+        dtype = default_dtype() if dtype is None else dtype
         model, config, family = load_model(folder, dtype, progress=progress)
         return cls(model, config, family, runtime=runtime, dtype=dtype)
 
