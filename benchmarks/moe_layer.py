@@ -18,7 +18,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -122,10 +122,18 @@ def time_program(
     }, state
 
 
-def relative_error(work: Workload, out: np.ndarray, lora: bool, tokens: int = 2) -> float:
+def relative_error(
+    work: Workload, out: np.ndarray, lora: bool, device: Device, tokens: int = 2
+) -> float:
     """Of the last layer's output for some tokens, against float64."""
+
+    def read(array: jax.Array) -> np.ndarray:
+        with device.shared():  # Not while the host computes, which would keep others waiting.
+            return np.asarray(array)
+
     chosen = np.linspace(0, work.point.tokens - 1, min(tokens, work.point.tokens)).astype(int)
-    expected = np.stack([work.expected_token(work.chained - 1, int(t), lora) for t in chosen])
+    step = work.chained - 1
+    expected = np.stack([work.expected_token(step, int(t), lora, read) for t in chosen])
     actual = out[chosen].astype(np.float64)
     return float(np.linalg.norm(actual - expected) / np.linalg.norm(expected))
 
@@ -145,9 +153,11 @@ def measure(
         program = layers_program(work, lora=lora, router=router, launches=launches)
         return program.lower(*argument_shapes(point, layers, lora)).compile()
 
+    start = time.perf_counter()
     with ThreadPoolExecutor() as pool:
         compiled = dict(zip(variants, pool.map(compile_one, variants), strict=True))
     row: dict[str, Any] = {**point.describe(), "layers": layers, "chained": chained}
+    row["compile_s"] = round(time.perf_counter() - start, 1)
     outputs = {}
     with device.shared():
         inputs = {name: arguments(work, lora) for name, (lora, _) in variants.items()}
@@ -159,9 +169,8 @@ def measure(
                 compiled[name], states.pop(name), inputs[name], chained, budget_s
             )
             outputs[name] = np.asarray(state[1])
-    with device.shared():
-        for name in ("base", "lora"):
-            row[name]["error"] = relative_error(work, outputs[name], name == "lora")
+    for name in ("base", "lora"):
+        row[name]["error"] = relative_error(work, outputs[name], name == "lora", device)
     base_rows = work.adapter_of_token < 0
     row["base_rows_equal"] = bool(
         (
@@ -275,17 +284,21 @@ def main() -> None:
             continue
         print(format_row(row), flush=True)
         rows.append(row)
-    if arguments.json:
-        report = {
-            "device": jax.devices()[0].device_kind,
-            "setup": backend.describe(),
-            "date": time.strftime("%Y-%m-%d"),
-            "command": "python -m benchmarks.moe_layer " + " ".join(sys.argv[1:]),
-            "rows": sorted(
-                rows, key=lambda row: (row["model"], row["layout"], row["rank"], row["tokens"])
-            ),
-        }
-        arguments.json.write_text(json.dumps(report, indent=1) + "\n")
+        if arguments.json:  # After each point, so that what was measured outlives an interruption.
+            write_report(rows, arguments.json)
+
+
+def write_report(rows: list[dict[str, Any]], file: Path) -> None:
+    report = {
+        "device": jax.devices()[0].device_kind,
+        "setup": backend.describe(),
+        "date": time.strftime("%Y-%m-%d"),
+        "command": "python -m benchmarks.moe_layer " + " ".join(sys.argv[1:]),
+        "rows": sorted(
+            rows, key=lambda row: (row["model"], row["layout"], row["rank"], row["tokens"])
+        ),
+    }
+    file.write_text(json.dumps(report, indent=1) + "\n")
 
 
 def run_workers(points: Sequence[Point], arguments: argparse.Namespace) -> Iterator[dict[str, Any]]:
@@ -297,14 +310,17 @@ def run_workers(points: Sequence[Point], arguments: argparse.Namespace) -> Itera
             spec = json.dumps({"point": asdict(point), "lock": lock.name})
             command = [sys.executable, "-m", "benchmarks.moe_layer", "--worker", spec]
             command += ["--budget", str(arguments.budget)]
+            command += ["--launches", arguments.launches]
             command += ["--router"] if arguments.router else []
             return subprocess.run(
                 command, stdout=subprocess.PIPE, text=True, env=environment, check=False
             ).stdout
 
         with ThreadPoolExecutor(arguments.workers) as pool:
-            for output in pool.map(run, points):
-                for line in output.splitlines():
+            # Many tokens take longest to compile: not last.
+            ordered = sorted(points, key=lambda point: -point.tokens)
+            for done in as_completed([pool.submit(run, point) for point in ordered]):
+                for line in done.result().splitlines():
                     if line.startswith("ROW "):
                         yield json.loads(line[4:])
 

@@ -1,6 +1,7 @@
 """What the benchmarks measure: weights, adapters and routing of chained layers."""
 
 import json
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -233,14 +234,23 @@ class Workload:
             total += max(num_bytes / PEAK_BYTES, flops / PEAK_FLOPS)
         return total / len(self.experts) * 1e6
 
-    def expected_token(self, step: int, token: int, lora: bool) -> np.ndarray:
-        """The output of a step for one token in float64, from the rounded weights."""
+    def expected_token(
+        self, step: int, token: int, lora: bool, read: Callable[[jax.Array], np.ndarray]
+    ) -> np.ndarray:
+        """The output of a step for one token in float64, from the rounded weights.
+
+        ``read`` brings an array to the host.
+        """
+
+        def to_float64(array: jax.Array) -> np.ndarray:
+            return read(array).astype(np.float64)
+
         config = self.point.config
         adapter = int(self.adapter_of_token[token]) if lora else -1
         layer = step % self.layers
         batch, pages = self.batches[step], self.pages if adapter >= 0 else None
         weights = np.asarray(batch.weights)[token].astype(np.float64)
-        x = _to_float64(self.x[token])
+        x = to_float64(self.x[token])
         total = np.zeros(config.hidden_size)
         for choice, expert in enumerate(self.experts[step][token]):
 
@@ -249,11 +259,11 @@ class Workload:
                     return y
                 rows = np.asarray(site.table)[layer, :, adapter, :, e]
                 for a_row, b_row in rows.T[rows[0] >= 0]:
-                    a, b = _to_float64(site.a_pool[a_row]), _to_float64(site.b_pool[b_row])
+                    a, b = to_float64(site.a_pool[a_row]), to_float64(site.b_pool[b_row])
                     y = y + float(site.scaling[layer, adapter, e]) * ((a @ v) @ b)
                 return y
 
-            both = _to_float64(self.params.gate_up[layer, expert])
+            both = to_float64(self.params.gate_up[layer, expert])
             gate = add(both[0] @ x, x, pages and pages.gate, expert)
             up = add(both[1] @ x, x, pages and pages.up, expert)
             if config.activation == "silu":
@@ -261,7 +271,7 @@ class Workload:
             else:
                 gate, up = np.minimum(gate, 7.0), np.clip(up, -7.0, 7.0)
                 h = (up + 1) * gate / (1 + np.exp(-1.702 * gate))
-            y = _to_float64(self.params.down[layer, expert]) @ h
+            y = to_float64(self.params.down[layer, expert]) @ h
             total += weights[choice] * add(y, h, pages and pages.down, expert)
         return total * config.routed_scaling
 
@@ -280,7 +290,3 @@ def _normal(seed: int, shape: tuple[int, ...], scale: float = 1.0) -> jax.Array:
 def _clear_rows(pool: jax.Array, rank: int) -> jax.Array:
     """Rank rows past the true rank are zero."""
     return pool.at[:, rank:].set(0)
-
-
-def _to_float64(array: jax.Array) -> np.ndarray:
-    return np.asarray(array).astype(np.float64)
