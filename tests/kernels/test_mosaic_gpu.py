@@ -21,12 +21,13 @@ def is_hopper() -> bool:
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif("not is_hopper()", reason="needs a Hopper GPU")]
 
-#: Widths are multiples of 8, and not of a block of columns or of a step.
+#: No width is a multiple of a block of columns, 128 and 256. Less than a tile: the rows are fewer
+#: than those of one load, in the buffers too.
 SHAPES = {
-    "less than a tile": cases.Shape(33, 2, 6, 48, 24, 10, 4),
+    "less than a tile": cases.Shape(33, 2, 6, 320, 192, 10, 4),
     "several tiles": cases.Shape(700, 4, 8, 320, 192, 16, 2),
-    "rank 128": cases.Shape(300, 4, 16, 160, 96, 4, 8),
-    "64 adapters": cases.Shape(520, 2, 4, 72, 136, 64, 1),
+    "rank 128": cases.Shape(300, 4, 16, 192, 320, 4, 8),
+    "64 adapters": cases.Shape(520, 2, 4, 192, 192, 64, 1),
 }
 SHRINK = ShrinkTiles(block_k=256, num_warps=2, num_stages=3, run_rows=16, slots=4)
 #: More items than processors, so that a processor has several.

@@ -73,7 +73,7 @@ def gate_up(
     out: Buffer | None,
 ) -> Buffer:
     """See :func:`moelora_kernels.gate_up`. ``sorted_x`` is a buffer for the sorted copy of x."""
-    require_sizes(tile_rows, x.dtype, weight.shape[-2], weight.shape[-1], bias)
+    require_sizes(tile_rows, x.dtype, weight.shape[-2], weight.shape[-1])
     pairs = x.shape[0] * top_k
     if sites is not None:
         rank_activations = shrink(
@@ -117,7 +117,7 @@ def down(
     out: Buffer | None,
 ) -> Buffer:
     """See :func:`moelora_kernels.down`."""
-    require_sizes(tile_rows, hidden.dtype, weight.shape[-2], weight.shape[-1], bias)
+    require_sizes(tile_rows, hidden.dtype, weight.shape[-2], weight.shape[-1])
     if dtype != hidden.dtype:
         raise ValueError(f"Mosaic's kernel cannot write {dtype} for {hidden.dtype}")
     sites = () if site is None else (site,)
@@ -576,18 +576,19 @@ def swizzled(*shape: int, tile_rows: int, dtype: jnp.dtype) -> Any:
     return plgpu.SMEM(shape, dtype, transforms=transforms)
 
 
-def require_sizes(
-    tile_rows: int, dtype: DTypeLike, width: int, depth: int, bias: Array | None
-) -> None:
+def require_sizes(tile_rows: int, dtype: DTypeLike, width: int, depth: int) -> None:
     """Raise ValueError for what the kernels here cannot do."""
     if tile_rows != TILE_ROWS:
         raise ValueError(f"Mosaic's kernels need tiles of {TILE_ROWS} rows, not {tile_rows}")
     if jnp.dtype(dtype).itemsize != 2:
         raise ValueError(f"Mosaic's kernels need a dtype of 16 bits, not {jnp.dtype(dtype)}")
-    if width % 8 or depth % 8:
-        raise ValueError(f"Mosaic's kernels need widths that 8 divides, not {depth} and {width}")
-    if bias is not None and width % STORE_COLUMNS:
-        raise ValueError(f"With a bias {STORE_COLUMNS} must divide the width, {width}")
+    for size in (depth, width):
+        # A dimension that is one step wide loses its index in Mosaic's copies: a store past the
+        # last column would overwrite the first ones.
+        if size % BLOCK_K or size == BLOCK_K:
+            raise ValueError(
+                f"Mosaic's kernels need widths that are multiples of {BLOCK_K} above it, not {size}"
+            )
 
 
 def activate(gate: Array, up: Array, activation: str) -> Array:
