@@ -11,7 +11,7 @@ PAGE_ROWS = 16
 
 #: Shape of the int32 counters by which programs of one launch wait for each other. They are zero
 #: before and after every launch.
-SIGNALS = (8,)
+SIGNALS = (1024,)
 
 #: An array, or a reference that kernels write in place. Both are indexed alike, so a type checker
 #: may take a reference for an array.

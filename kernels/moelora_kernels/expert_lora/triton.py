@@ -395,9 +395,9 @@ def signal(counter_ptr):
 
 
 @triton.jit
-def wait_for(counter_ptr, COUNT: tl.constexpr):
-    """Wait until ``COUNT`` programs have signalled; what they stored may then be read."""
-    while tl.atomic_add(counter_ptr, 0, sem="acquire", scope="gpu") < COUNT:
+def wait_for(counter_ptr, count):
+    """Wait until ``count`` programs have signalled; what they stored may then be read."""
+    while tl.atomic_add(counter_ptr, 0, sem="acquire", scope="gpu") < count:
         pass
 
 
@@ -739,10 +739,9 @@ def gate_up_tiles(
         gate_up_tile(
             program - PRODUCERS, x_ptr, weight_ptr, bias_ptr, layer, tiles_ptr, group_ptr,
             order_ptr, gate_b_ptr, gate_table_ptr, up_b_ptr, up_table_ptr, z_ptr, shrunk_ptr,
-            out_ptr,
+            PRODUCERS, out_ptr,
             HIDDEN, INTERMEDIATE, TOP_K, ACTIVATION, NUM_EXPERTS, BLOCK_M, BLOCK_N, BLOCK_K,
-            PRECISION, PRODUCERS, NUM_ADAPTERS, MAX_PAGES, PAGE_ROWS, Z_ROWS, Z_COLUMNS, SLOTS,
-            PAGES,
+            PRECISION, NUM_ADAPTERS, MAX_PAGES, PAGE_ROWS, Z_ROWS, Z_COLUMNS, SLOTS, PAGES,
         )  # fmt: skip
         if PRODUCERS > 0:
             if leave(signals_ptr, PROGRAMS):
@@ -810,6 +809,7 @@ def gate_up_tile(
     up_table_ptr,
     z_ptr,
     shrunk_ptr,
+    producers,
     out_ptr,
     HIDDEN: tl.constexpr,
     INTERMEDIATE: tl.constexpr,
@@ -820,7 +820,6 @@ def gate_up_tile(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     PRECISION: tl.constexpr,
-    PRODUCERS: tl.constexpr,
     NUM_ADAPTERS: tl.constexpr,
     MAX_PAGES: tl.constexpr,
     PAGE_ROWS: tl.constexpr,
@@ -829,7 +828,11 @@ def gate_up_tile(
     SLOTS: tl.constexpr,
     PAGES: tl.constexpr,
 ):
-    """One tile of rows and ``BLOCK_N`` intermediate columns."""
+    """One tile of rows and ``BLOCK_N`` intermediate columns.
+
+    Where ``producers`` programs of the launch make the rank activations, ``shrunk_ptr`` is the
+    counter that they signal, else it is None.
+    """
     NUM_BLOCKS: tl.constexpr = (INTERMEDIATE + BLOCK_N - 1) // BLOCK_N
     tile, block = program // NUM_BLOCKS, program % NUM_BLOCKS
     expert = tl.load(tiles_ptr + tile * 3)
@@ -879,8 +882,8 @@ def gate_up_tile(
             up += tl.load(bias_ptr + INTERMEDIATE + column).to(tl.float32)[None, :]
         if z_ptr is not None:
             if num_slots > 0:
-                if PRODUCERS > 0:
-                    wait_for(shrunk_ptr, PRODUCERS)
+                if shrunk_ptr is not None:
+                    wait_for(shrunk_ptr, producers)
                 for first_page in tl.static_range(0, MAX_PAGES, PAGES):
                     gate_z = load_ranks(
                         rows, adapter, first_page, z_ptr, Z_COLUMNS, PAGES, PAGE_ROWS
@@ -961,8 +964,8 @@ def down_tiles(
     if program >= PRODUCERS:
         down_tile(
             program - PRODUCERS, hidden_ptr, weight_ptr, bias_ptr, layer, tiles_ptr, group_ptr,
-            b_ptr, table_ptr, z_ptr, shrunk_ptr, out_ptr,
-            HIDDEN, INTERMEDIATE, NUM_EXPERTS, BLOCK_M, BLOCK_N, BLOCK_K, PRECISION, PRODUCERS,
+            b_ptr, table_ptr, z_ptr, shrunk_ptr, PRODUCERS, out_ptr,
+            HIDDEN, INTERMEDIATE, NUM_EXPERTS, BLOCK_M, BLOCK_N, BLOCK_K, PRECISION,
             NUM_ADAPTERS, MAX_PAGES, PAGE_ROWS, Z_COLUMNS, SLOTS, PAGES,
         )  # fmt: skip
         if PRODUCERS > 0:
@@ -1020,6 +1023,7 @@ def down_tile(
     table_ptr,
     z_ptr,
     shrunk_ptr,
+    producers,
     out_ptr,
     HIDDEN: tl.constexpr,
     INTERMEDIATE: tl.constexpr,
@@ -1028,7 +1032,6 @@ def down_tile(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     PRECISION: tl.constexpr,
-    PRODUCERS: tl.constexpr,
     NUM_ADAPTERS: tl.constexpr,
     MAX_PAGES: tl.constexpr,
     PAGE_ROWS: tl.constexpr,
@@ -1036,7 +1039,7 @@ def down_tile(
     SLOTS: tl.constexpr,
     PAGES: tl.constexpr,
 ):
-    """One tile of rows and ``BLOCK_N`` hidden columns."""
+    """One tile of rows and ``BLOCK_N`` hidden columns; see :func:`gate_up_tile`."""
     NUM_BLOCKS: tl.constexpr = (HIDDEN + BLOCK_N - 1) // BLOCK_N
     tile, block = program // NUM_BLOCKS, program % NUM_BLOCKS
     expert = tl.load(tiles_ptr + tile * 3)
@@ -1074,8 +1077,8 @@ def down_tile(
             total += tl.load(bias_ptr + column).to(tl.float32)[None, :]
         if z_ptr is not None:
             if num_slots > 0:
-                if PRODUCERS > 0:
-                    wait_for(shrunk_ptr, PRODUCERS)
+                if shrunk_ptr is not None:
+                    wait_for(shrunk_ptr, producers)
                 total = add_expand(
                     total, rows, adapter, slot, num_slots, mine, pool_row, columns,
                     z_ptr, table_ptr, b_ptr,

@@ -2,8 +2,9 @@
 
 The programs of the launch have six tasks, in this order: the sort, the shrink before gate_up,
 gate_up, the shrink before down, down, and combine. Each is the program of the kernel that does the
-task alone, and first waits for the programs of the task before; see :func:`wait_for` in
-:mod:`moelora_kernels.expert_lora.triton` for why that is safe. With few tokens a layer takes so
+task alone, and first waits for those programs of the tasks before that it reads from: down, and its
+shrink, for the gate_up of their own tile only, so that weights are read without a pause. See
+:mod:`moelora_kernels.expert_lora.triton` for why waiting is safe. With few tokens a layer takes so
 little time that the starts and ends of separate launches, at which the memory is idle, matter.
 """
 
@@ -33,6 +34,9 @@ from moelora_kernels.sort.triton import count_and_place, counting_constants
 from moelora_kernels.tiles import max_tiles
 from moelora_kernels.tuning.tiles import MoeTiles, MosaicTiles
 from moelora_kernels.types import SIGNALS, Buffer, ExpertPages, TokenSort
+
+#: Counters of the whole launch; two for each tile follow them.
+LAUNCH_SIGNALS = 8
 
 
 def fused_experts(
@@ -113,7 +117,13 @@ def fused_experts(
         pairs, top_k, num_experts, num_adapters, tiles.tile_rows, sorted_pairs[2].shape[0]
     )
     num_tiles = max_tiles(pairs, num_experts, tiles.tile_rows)
-    gate_ups = num_tiles * triton.cdiv(inner, gate_up_tiles.block_n)
+    if 2 * num_tiles + LAUNCH_SIGNALS > SIGNALS[0]:
+        raise ValueError(
+            f"one launch has signals for {(SIGNALS[0] - LAUNCH_SIGNALS) // 2} tiles; {tokens}"
+            f" tokens of {top_k} experts may need {num_tiles}: choose tiles with one_launch=False"
+        )
+    gate_up_blocks = triton.cdiv(inner, gate_up_tiles.block_n)
+    gate_ups = num_tiles * gate_up_blocks
     downs = num_tiles * triton.cdiv(width, down_tiles.block_n)
     combine_block = block_columns(width)
     combines = tokens * triton.cdiv(width, combine_block)
@@ -147,8 +157,12 @@ def fused_experts(
         SORTS=sorts,
         SHRINKS=shrinks,
         GATE_UPS=gate_ups,
+        GATE_UP_BLOCKS=gate_up_blocks,
         DOWNS=downs,
         COMBINES=combines,
+        TILES=num_tiles,
+        TILES_POW2=triton.next_power_of_2(num_tiles),
+        LAUNCH_SIGNALS=LAUNCH_SIGNALS,
         SIGNALS=SIGNALS[0],
         **constants | sorting,
     )
@@ -197,8 +211,12 @@ def layer_in_one_launch(
     SORTS: tl.constexpr,
     SHRINKS: tl.constexpr,
     GATE_UPS: tl.constexpr,
+    GATE_UP_BLOCKS: tl.constexpr,
     DOWNS: tl.constexpr,
     COMBINES: tl.constexpr,
+    TILES: tl.constexpr,
+    TILES_POW2: tl.constexpr,
+    LAUNCH_SIGNALS: tl.constexpr,
     SIGNALS: tl.constexpr,
     BLOCK_M: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -232,8 +250,11 @@ def layer_in_one_launch(
 ):
     """The task of each program follows from its number."""
     # Programs that have left, and programs that are done with each task.
-    sorted_ptr, shrunk_ptr, gated_ptr = signals_ptr + 1, signals_ptr + 2, signals_ptr + 3
-    down_shrunk_ptr, down_done_ptr = signals_ptr + 4, signals_ptr + 5
+    sorted_ptr, shrunk_ptr = signals_ptr + 1, signals_ptr + 2
+    all_shrunk_ptr, down_done_ptr = signals_ptr + 3, signals_ptr + 4
+    # Of each tile.
+    gated_ptr = signals_ptr + LAUNCH_SIGNALS
+    down_shrunk_ptr = gated_ptr + TILES
     layer = tl.load(layer_ptr)
     program = tl.program_id(0)
     GATE_UP_SHRUNK: tl.constexpr = SORTS + 2 * SHRINKS
@@ -260,34 +281,47 @@ def layer_in_one_launch(
             )  # fmt: skip
             signal(shrunk_ptr)
     elif program < GATED:
+        tile = (program - GATE_UP_SHRUNK) // GATE_UP_BLOCKS
         wait_for(sorted_ptr, SORTS)
         gate_up_tile(
             program - GATE_UP_SHRUNK, x_ptr, gate_up_weight_ptr, gate_up_bias_ptr, layer,
             tiles_ptr, group_ptr, order_ptr, gate_b_ptr, gate_table_ptr, up_b_ptr, up_table_ptr,
-            gate_up_z_ptr, shrunk_ptr, hidden_ptr,
+            gate_up_z_ptr, shrunk_ptr, 2 * SHRINKS, hidden_ptr,
             HIDDEN, INTERMEDIATE, TOP_K, ACTIVATION, NUM_EXPERTS, BLOCK_M, GATE_UP_BLOCK_N,
-            GATE_UP_BLOCK_K, PRECISION, 2 * SHRINKS, NUM_ADAPTERS, MAX_PAGES, PAGE_ROWS,
+            GATE_UP_BLOCK_K, PRECISION, NUM_ADAPTERS, MAX_PAGES, PAGE_ROWS,
             GATE_UP_Z_ROWS, GATE_UP_Z_COLUMNS, GATE_UP_SLOTS, GATE_UP_PAGES,
         )  # fmt: skip
-        signal(gated_ptr)
+        # Unused tiles too: whoever waits for one need not know that it is.
+        signal(gated_ptr + tile)
     elif program < DOWN_SHRUNK:
         if SHRINKS > 0:
-            wait_for(gated_ptr, GATE_UPS)
-            shrink_for_down(
-                program - GATED, hidden_ptr, layer, group_ptr,
-                down_a_ptr, down_table_ptr, down_scaling_ptr, down_z_ptr,
-                INTERMEDIATE, NUM_EXPERTS, NUM_ADAPTERS, MAX_PAGES, PAGE_LANES, PAGE_ROWS,
-                DOWN_Z_ROWS, DOWN_Z_COLUMNS, DOWN_SHRINK_K,
-            )  # fmt: skip
-            signal(down_shrunk_ptr)
+            row = program - GATED
+            wait_for(sorted_ptr, SORTS)
+            tiles = tl.arange(0, TILES_POW2)
+            first = tl.load(tiles_ptr + tiles * 3 + 1, mask=tiles < TILES, other=-1)
+            end = tl.load(tiles_ptr + tiles * 3 + 2, mask=tiles < TILES, other=-1)
+            tile = tl.max(tl.where((first <= row) & (row < end), tiles, -1), 0)
+            if tile >= 0:  # The row is not padding.
+                wait_for(gated_ptr + tile, GATE_UP_BLOCKS)
+                shrink_for_down(
+                    row, hidden_ptr, layer, group_ptr,
+                    down_a_ptr, down_table_ptr, down_scaling_ptr, down_z_ptr,
+                    INTERMEDIATE, NUM_EXPERTS, NUM_ADAPTERS, MAX_PAGES, PAGE_LANES, PAGE_ROWS,
+                    DOWN_Z_ROWS, DOWN_Z_COLUMNS, DOWN_SHRINK_K,
+                )  # fmt: skip
+                signal(down_shrunk_ptr + tile)
+            signal(all_shrunk_ptr)
     elif program < DONE:
-        wait_for(gated_ptr, GATE_UPS)
+        DOWN_BLOCKS: tl.constexpr = DOWNS // TILES
+        tile = (program - DOWN_SHRUNK) // DOWN_BLOCKS
+        wait_for(gated_ptr + tile, GATE_UP_BLOCKS)
+        tile_rows = tl.load(tiles_ptr + tile * 3 + 2) - tl.load(tiles_ptr + tile * 3 + 1)
         down_tile(
             program - DOWN_SHRUNK, hidden_ptr, down_weight_ptr, down_bias_ptr, layer,
-            tiles_ptr, group_ptr, down_b_ptr, down_table_ptr, down_z_ptr, down_shrunk_ptr,
-            expert_out_ptr,
+            tiles_ptr, group_ptr, down_b_ptr, down_table_ptr, down_z_ptr, down_shrunk_ptr + tile,
+            tile_rows, expert_out_ptr,
             HIDDEN, INTERMEDIATE, NUM_EXPERTS, BLOCK_M, DOWN_BLOCK_N, DOWN_BLOCK_K, PRECISION,
-            SHRINKS, NUM_ADAPTERS, MAX_PAGES, PAGE_ROWS, DOWN_Z_COLUMNS, DOWN_SLOTS, DOWN_PAGES,
+            NUM_ADAPTERS, MAX_PAGES, PAGE_ROWS, DOWN_Z_COLUMNS, DOWN_SLOTS, DOWN_PAGES,
         )  # fmt: skip
         signal(down_done_ptr)
     else:
@@ -302,5 +336,5 @@ def layer_in_one_launch(
             # A batch of the base model waits for no shrink.
             if SHRINKS > 0:
                 wait_for(shrunk_ptr, 2 * SHRINKS)
-                wait_for(down_shrunk_ptr, SHRINKS)
+                wait_for(all_shrunk_ptr, SHRINKS)
             clear(signals_ptr, SIGNALS)
