@@ -14,7 +14,7 @@ from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax import Array
+from jax import Array, lax
 
 from moelora_kernels.types import Buffer
 
@@ -104,7 +104,14 @@ def launch(
     call = jax_triton().triton_call
     if refs is None:
         return tuple(call(*inputs, out_type=tuple(outputs), **options, **constants))
+    # XLA may fuse a launch with the slice that it reads or that its result is put into, and then
+    # forgets that the launch writes over its operands. No fusion crosses a barrier.
+    arrays = [value for value in inputs if isinstance(value, Array)]
+    barred = iter(lax.optimization_barrier(arrays))
+    inputs = [next(barred) if isinstance(value, Array) else value for value in inputs]
     call(*inputs, *refs, out_type=(), **options, **constants)
+    for ref, value in zip(refs, lax.optimization_barrier([ref[...] for ref in refs]), strict=True):
+        ref[...] = value
     return tuple(refs)
 
 
