@@ -70,12 +70,22 @@ TILES = (
 
 
 def layer(
-    case: LayerCase, implementation: Any, lora: bool = True, tiles: MoeTiles | None = None
+    case: LayerCase,
+    implementation: Any,
+    lora: bool = True,
+    tiles: MoeTiles | None = None,
+    bias: bool = False,
 ) -> np.ndarray:
     shape = case.shape
     config = MoeConfig(shape.experts, shape.top_k, shape.hidden, shape.intermediate)
     router = jnp.zeros((2, shape.experts, shape.hidden))
-    params = MoeParams(router, case.cast(case.gate_up), case.cast(case.down))
+    params = MoeParams(
+        router,
+        case.cast(case.gate_up),
+        case.cast(case.down),
+        gate_up_bias=case.cast(case.gate_up_bias) if bias else None,
+        down_bias=case.cast(case.down_bias) if bias else None,
+    )
     workspace: Any = None
     if implementation == "triton":
         shapes = moe_workspace_shapes(
@@ -104,14 +114,16 @@ def layer(
     return np.asarray(out[...])
 
 
-def check_layer(shape: Shape, dtype: str, num_tokens: int | None, tiles: MoeTiles) -> None:
+def check_layer(
+    shape: Shape, dtype: str, num_tokens: int | None, tiles: MoeTiles, bias: bool = False
+) -> None:
     case = LayerCase(LayerSpec(shape, dtype=dtype, num_tokens=num_tokens, seed=3))  # type: ignore[arg-type]
-    expected = layer(case, "reference").astype(np.float64)
-    out = layer(case, "triton", tiles=tiles)
+    expected = layer(case, "reference", bias=bias).astype(np.float64)
+    out = layer(case, "triton", tiles=tiles, bias=bias)
     error = relative_error(out, expected)
     assert error <= (1e-5 if dtype == "float32" else 2e-3), error
     base_rows = case.adapter_of_token < 0
-    base = layer(case, "triton", lora=False, tiles=tiles)
+    base = layer(case, "triton", lora=False, tiles=tiles, bias=bias)
     assert out[base_rows].tobytes() == base[base_rows].tobytes()
     print("layer", tuple(shape), dtype, num_tokens, error, flush=True)
 
@@ -211,7 +223,7 @@ def main() -> None:
     # The interpreter cannot multiply bfloat16.
     for shape in SHAPES:
         for tiles in TILES if shape.tokens > 1 else TILES[:1]:
-            check_layer(shape, "float32", None, tiles)
+            check_layer(shape, "float32", None, tiles, bias=shape.tokens == 1)
         check_layer(shape, "float16", shape.tokens // 2, TILES[0])
     for shape in DENSE_SHAPES:
         check_dense(shape, "float32")

@@ -104,8 +104,8 @@ class MoeTiles:
         tile_rows: rows of a tile of the sort.
         gate_up: of :func:`moelora_kernels.gate_up`.
         down: of :func:`moelora_kernels.down`.
-        one_launch: whether the layer is one launch, :func:`moelora_kernels.fused_experts`, as it is
-            for one token anyway. It has the warps and stages of ``gate_up``.
+        one_launch: whether the layer is one launch, :func:`moelora_kernels.fused_experts`. It has
+            the warps and stages of ``gate_up``. One token has a form, and tiles, of its own.
     """
 
     tile_rows: int
