@@ -94,6 +94,13 @@ def test_temporaries_are_small(programs: dict[str, Any], name: str) -> None:
     assert programs[name]["temporary_bytes"] < 4 * 2**20
 
 
+def test_launches_in_place_are_not_fused_with_slices() -> None:
+    """Such a fusion of XLA forgets that a launch writes over its operands."""
+    for program in compiled("h200_slices.py").values():
+        assert program["launches"] > 0
+        assert program["fused"] == 0
+
+
 def test_mosaic_kernels_are_captured_and_in_place(mosaic_programs: dict[str, Any]) -> None:
     for program in mosaic_programs.values():
         assert program["body"] == ["CommandBuffer"]
