@@ -12,6 +12,7 @@ from jaxtyping import Float, Int32
 
 from moelora_jax.config import MoeConfig
 from moelora_kernels import (
+    RANK_PADDING,
     SIGNALS,
     Buffer,
     ExpertPages,
@@ -55,9 +56,10 @@ class MoeWorkspace(NamedTuple):
 
     Attributes:
         sort: the token sort.
-        gate_up_ranks: ``[2, pairs, max_rank]``, rank activations of gate and up; None without LoRA.
+        gate_up_ranks: ``[2, pairs + RANK_PADDING, max_rank]``, rank activations of gate and up;
+            None without LoRA.
         hidden: ``[pairs, intermediate]``, after the activation.
-        down_ranks: ``[1, pairs, max_rank]``; None without LoRA.
+        down_ranks: ``[1, pairs + RANK_PADDING, max_rank]``; None without LoRA.
         expert_out: ``[pairs, hidden]``.
         signals: int32, by which programs of one launch wait for each other; zero between launches.
     """
@@ -102,9 +104,9 @@ def moe_workspace_shapes(
 
     return MoeWorkspace(
         sort=sort,
-        gate_up_ranks=shape(2, pairs, max_rank) if num_adapters else None,
+        gate_up_ranks=shape(2, pairs + RANK_PADDING, max_rank) if num_adapters else None,
         hidden=shape(pairs, config.intermediate_size),
-        down_ranks=shape(1, pairs, max_rank) if num_adapters else None,
+        down_ranks=shape(1, pairs + RANK_PADDING, max_rank) if num_adapters else None,
         expert_out=shape(pairs, config.hidden_size),
         signals=shape(*SIGNALS, dtype="int32"),
     )

@@ -31,14 +31,13 @@ from moelora_kernels import ExpertPages, SitePages  # noqa: E402
 from moelora_kernels.tuning.tiles import MoeTiles, MosaicTiles, ShrinkTiles  # noqa: E402
 from tests.h200_compiler import compile_for_h200  # noqa: E402
 
-#: Layer, and whether it has biases: Qwen3-30B-A3B and gpt-oss-20b.
+#: Layer, whether it has biases, and rows of a tile: Qwen3-30B-A3B and gpt-oss-20b.
 PROGRAMS = {
-    "qwen": (MoeConfig(128, 8, 2048, 768), False),
-    "gpt-oss": (MoeConfig(32, 4, 2880, 2880, activation="clamped_swiglu"), True),
+    "qwen": (MoeConfig(128, 8, 2048, 768), False, 144),
+    "gpt-oss": (MoeConfig(32, 4, 2880, 2880, activation="clamped_swiglu"), True, 96),
 }
 NUM_LAYERS, TOKENS, ADAPTERS, RANK = 3, 512, 16, 32
 SHRINK = ShrinkTiles(block_k=256, num_warps=2, num_stages=3, run_rows=16)
-TILES = MoeTiles(128, MosaicTiles(SHRINK), MosaicTiles(SHRINK))
 
 
 def use_tools_of_triton() -> None:
@@ -95,7 +94,8 @@ def arguments(config: MoeConfig, bias: bool) -> tuple[Any, ...]:
 def main() -> None:
     use_tools_of_triton()
     report = {}
-    for name, (config, bias) in PROGRAMS.items():
+    for name, (config, bias, tile_rows) in PROGRAMS.items():
+        tiles = MoeTiles(tile_rows, MosaicTiles(SHRINK), MosaicTiles(SHRINK))
 
         def step(
             state: Any,
@@ -105,6 +105,7 @@ def main() -> None:
             pages: Any,
             adapters: Any,
             config: MoeConfig = config,
+            tiles: MoeTiles = tiles,
         ) -> Any:
             refs, out = jax.tree.map(jax.new_ref, state)
 
@@ -120,7 +121,7 @@ def main() -> None:
                     workspace=refs,
                     out=out,
                     implementation="triton",
-                    tiles=TILES,
+                    tiles=tiles,
                 )
 
             jax.lax.fori_loop(jnp.int32(0), NUM_LAYERS, layer, None)

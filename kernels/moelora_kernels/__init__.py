@@ -13,6 +13,7 @@ from moelora_kernels.router.api import route
 from moelora_kernels.sort.api import sort_tokens, token_sort_shapes
 from moelora_kernels.types import (
     PAGE_ROWS,
+    RANK_PADDING,
     SIGNALS,
     Buffer,
     ExpertGroups,
@@ -23,6 +24,7 @@ from moelora_kernels.types import (
 
 __all__ = [
     "PAGE_ROWS",
+    "RANK_PADDING",
     "SIGNALS",
     "Buffer",
     "ExpertGroups",

@@ -18,8 +18,8 @@ from moelora_kernels.tuning.tiles import MoeTiles, MosaicTiles
 from tests.kernels.cases import Shape
 from tests.kernels.triton_interpreter import RUNS, check_layer, interpret
 
-#: The one expert has a full tile, and one whose few rows are one warpgroup's. The widths are no
-#: multiples of a block of columns.
+#: The one expert has a full tile of 96 rows, and one of fewer, which a smaller program multiplies.
+#: The widths are no multiples of a block of columns.
 SHAPE = Shape(132, 1, 1, 192, 192, 5, 2)
 
 
@@ -29,9 +29,9 @@ def main() -> None:
     params = plgpu.InterpretGPUParams(detect_races=True)
     product: Any = mosaic.grouped_product
     mosaic.grouped_product = functools.partial(product, interpret=params)  # type: ignore[assignment]
-    # Few stages and processors, so that each slot is used again and each processor has many tiles.
-    tiles = MosaicTiles(RUNS, stages=2, order=2, processors=2)
-    check_layer(SHAPE, "float16", None, MoeTiles(mosaic.TILE_ROWS, tiles, tiles))
+    # Few processors, so that each has many tiles and each slot is used again.
+    tiles = MosaicTiles(RUNS, order=2, processors=2)
+    check_layer(SHAPE, "float16", None, MoeTiles(96, tiles, tiles))
     assert not gpu_callbacks.get_races().races_found
 
 

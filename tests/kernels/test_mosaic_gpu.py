@@ -21,22 +21,23 @@ def is_hopper() -> bool:
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif("not is_hopper()", reason="needs a Hopper GPU")]
 
-#: No width is a multiple of a block of columns, 128 and 256. Less than a tile: the rows are fewer
-#: than those of one load, in the buffers too.
+#: Shapes, and rows of a tile. No width is a multiple of a block of columns, 128 and 256. Less than
+#: a tile: there are fewer rows than one load has, in the buffers too.
 SHAPES = {
-    "less than a tile": cases.Shape(33, 2, 6, 320, 192, 10, 4),
-    "several tiles": cases.Shape(700, 4, 8, 320, 192, 16, 2),
-    "rank 128": cases.Shape(300, 4, 16, 192, 320, 4, 8),
-    "64 adapters": cases.Shape(520, 2, 4, 192, 192, 64, 1),
+    "less than a tile": (cases.Shape(33, 2, 6, 320, 192, 10, 4), 96),
+    "several tiles": (cases.Shape(700, 4, 8, 320, 192, 16, 2), 144),
+    "rank 128": (cases.Shape(300, 4, 16, 192, 320, 4, 8), 48),
+    "64 adapters": (cases.Shape(520, 2, 4, 192, 192, 64, 1), 80),
 }
 SHRINK = ShrinkTiles(block_k=256, num_warps=2, num_stages=3, run_rows=16, slots=4)
 #: More items than processors, so that a processor has several.
 GEMM = MosaicTiles(SHRINK, order=3, processors=10)
-TILES = MoeTiles(128, GEMM, GEMM)
 
 
 @functools.cache
-def program(shape: cases.Shape, activation: str, implementation: Any = "triton") -> Callable:
+def program(
+    shape: cases.Shape, tile_rows: int, activation: str, implementation: Any = "triton"
+) -> Callable:
     config = MoeConfig(
         shape.experts, shape.top_k, shape.hidden, shape.intermediate, activation=activation
     )
@@ -56,7 +57,7 @@ def program(shape: cases.Shape, activation: str, implementation: Any = "triton")
             pages=pages,
             workspace=refs,
             implementation=implementation,
-            tiles=TILES,
+            tiles=MoeTiles(tile_rows, GEMM, GEMM),
         )
         return None if refs is None else jax.tree.map(jax.freeze, refs), out
 
@@ -82,7 +83,12 @@ def arguments(case: cases.LayerCase, lora: bool, dirty: bool) -> tuple[Any, ...]
 
 
 def run(
-    case: cases.LayerCase, *, lora: bool = True, dirty: bool = False, activation: str = "silu"
+    case: cases.LayerCase,
+    tile_rows: int,
+    *,
+    lora: bool = True,
+    dirty: bool = False,
+    activation: str = "silu",
 ) -> np.ndarray:
     """The layer with poisoned workspaces that are larger than this batch needs."""
     shape = case.shape
@@ -93,14 +99,14 @@ def run(
         max_rank=shape.max_rank,
         dtype=case.dtype,
     )
-    layer = program(shape, activation)
+    layer = program(shape, tile_rows, activation)
     _, out = layer(cases.poisoned_like(shapes), *arguments(case, lora, dirty))
     return np.asarray(out)
 
 
 @pytest.mark.parametrize("name", SHAPES)
 def test_layer_against_float64(name: str) -> None:
-    shape = SHAPES[name]
+    shape, tile_rows = SHAPES[name]
     for assignment in ("mixed", "base", "one", "runs"):
         for padding in (0, shape.tokens // 3):
             case = cases.LayerCase(
@@ -112,21 +118,21 @@ def test_layer_against_float64(name: str) -> None:
                     seed=7,
                 )
             )
-            out = run(case)
+            out = run(case, tile_rows)
             error = cases.relative_error(out, case.layer_output())
             assert error <= cases.TOLERANCE["bfloat16"], (assignment, padding, error)
             # Other pool rows, the same bits; and base rows are those of the base-only program.
-            assert out.tobytes() == run(case, dirty=True).tobytes()
+            assert out.tobytes() == run(case, tile_rows, dirty=True).tobytes()
             base_rows = case.adapter_of_token < 0
             base_rows[case.num_tokens :] = True
-            assert out[base_rows].tobytes() == run(case, lora=False)[base_rows].tobytes()
+            assert out[base_rows].tobytes() == run(case, tile_rows, lora=False)[base_rows].tobytes()
 
 
 def test_clamped_swiglu_and_biases() -> None:
     shape = cases.Shape(300, 2, 4, 192, 128, 8, 2)
     case = cases.LayerCase(cases.LayerSpec(shape, dtype="bfloat16"))
     expected = case.layer_output(activation="clamped_swiglu")
-    error = cases.relative_error(run(case, activation="clamped_swiglu"), expected)
+    error = cases.relative_error(run(case, 64, activation="clamped_swiglu"), expected)
     assert error <= cases.TOLERANCE["bfloat16"], error
     x, experts, weights, params, *rest = arguments(case, True, False)
     keys = jax.random.split(jax.random.key(0))
@@ -136,7 +142,7 @@ def test_clamped_swiglu_and_biases() -> None:
     )
     expected, actual = (
         np.asarray(
-            program(shape, "clamped_swiglu", name)(None, x, experts, weights, params, *rest)[1]
+            program(shape, 64, "clamped_swiglu", name)(None, x, experts, weights, params, *rest)[1]
         )
         for name in ("reference", "triton")
     )

@@ -32,7 +32,8 @@ def require_sizes(tile_rows: int, dtype: str, hidden: int, width: int) -> None:
 @pytest.mark.parametrize(
     ("sizes", "message"),
     [
-        ((64, "bfloat16", 128, 128), "128 rows, not 64"),
+        ((40, "bfloat16", 128, 128), "160 rows, not 40"),
+        ((176, "bfloat16", 128, 128), "160 rows, not 176"),
         ((128, "float32", 128, 128), "16 bits, not float32"),
         ((128, "bfloat16", 160, 128), "multiples of 64 above it, not 160"),
         ((128, "bfloat16", 128, 96), "multiples of 64 above it, not 96"),

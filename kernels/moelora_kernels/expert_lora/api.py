@@ -117,7 +117,8 @@ def gate_up(
         bias: added before the activation.
         sites: pages of gate and up, or None for the base model.
         rank_activations: reference ``[2, >= pairs, >= max_rank]`` in the dtype of ``x`` that the
-            rank activations are written to; None allocates it.
+            rank activations are written to; for Mosaic's kernel of ``RANK_PADDING`` more rows. None
+            allocates it.
         signals: reference int32 ``SIGNALS``, zero before and after; None allocates it.
         out: ``[>= pairs, intermediate]`` in the dtype of ``x``.
         sorted_x: ``[>= pairs, hidden]`` in the dtype of ``x``, which Mosaic's kernel may overwrite.
@@ -201,7 +202,8 @@ def down(
         bias: added to every pair's output.
         site: pages of down, or None for the base model.
         rank_activations: reference ``[1, >= pairs, >= max_rank]`` in the dtype of ``hidden`` that
-            the rank activations are written to; None allocates it.
+            the rank activations are written to; for Mosaic's kernel of ``RANK_PADDING`` more rows.
+            None allocates it.
         signals: reference int32 ``SIGNALS``, zero before and after; None allocates it.
         dtype: of the result. At thousands of tokens, writing and reading it takes as long in
             float32 as a third of the layer's products.

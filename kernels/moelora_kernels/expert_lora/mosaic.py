@@ -1,20 +1,24 @@
 """gate_up and down of many rows per expert in Pallas Mosaic GPU: Hopper, 16 bits a number.
 
 Each processor takes one tile of rows and one block of columns after another. One warpgroup loads:
-steps of ``BLOCK_K`` summed columns go through a ring of buffers in shared memory, by the tensor
-memory accelerator. Two warpgroups multiply with ``wgmma``, 64 rows each, and share the weights. The
-loads of the next tile start while the present one is still multiplied and stored.
+steps of ``BLOCK`` summed columns go through a ring of slots in shared memory, by the tensor memory
+accelerator. Two warpgroups multiply with ``wgmma``. The loads of the next tile start while the
+present one is still multiplied and stored.
 
-LoRA is more steps of the same sums, before the others. In such a step the ring has four pages of B
-below each other, and the rank activations of the tile's rows; each warpgroup spreads them so that a
-row meets the pages of its own adapter only. Pages of gate have zeros in the columns of up, and the
-other way around: with two products of half the width the assembler runs out of registers in ways
-that cannot be foreseen, and then overlaps nothing. A small Triton kernel lists the pages that each
-tile needs.
+``wgmma`` has 64 rows at least, and any number of columns that eight divides. So the matrices of the
+experts are its first factor, 128 of their rows for each of the two warpgroups, and the rows of the
+batch its second: few empty rows are multiplied, and weights are loaded once for up to 160 rows. The
+sums lie the other way around, which the stores to shared memory put right.
+
+LoRA is more steps of the same sums, before the others. In such a step the slot has four pages of B
+in place of the weights. In place of the rows it has their rank activations, which the loading
+warpgroup spreads so that a row meets the pages of its own adapter only. Pages of gate have zeros in
+the columns of up, and the other way around. A small Triton kernel lists the pages of each tile.
 
 The accelerator cannot gather rows, so gate_up reads a copy of ``x`` in sorted order.
 """
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -28,31 +32,36 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jax.typing import DTypeLike
 
 from moelora_kernels.backend import Launch, launch, scalar
-from moelora_kernels.buffers import result
+from moelora_kernels.buffers import given_or_new, result
 from moelora_kernels.expert_lora import reference
 from moelora_kernels.expert_lora.triton import find_adapters, shrink, tile_adapters
 from moelora_kernels.tiles import max_tiles
 from moelora_kernels.tuning.tiles import MosaicTiles
-from moelora_kernels.types import PAGE_ROWS, Buffer, SitePages, TokenSort
+from moelora_kernels.types import PAGE_ROWS, RANK_PADDING, Buffer, SitePages, TokenSort
 
-#: Rows of a tile of the sort: those of two warpgroups.
-TILE_ROWS = 128
-#: Rows that one ``wgmma`` takes.
-GROUP_ROWS = 64
-GROUPS = TILE_ROWS // GROUP_ROWS
-#: Sums of a row: the widest ``wgmma``.
-BLOCK_N = 256
-#: Summed columns of one step, 128 bytes: what the swizzled layout has in a row.
-BLOCK_K = 64
+#: Warpgroups that multiply.
+GROUPS = 2
+#: Columns of the result that one ``wgmma`` makes; and summed columns of one step: 128 bytes, what
+#: the swizzled layout has in a row.
+BLOCK = 64
+#: Blocks of columns of one tile, and those of a warpgroup.
+BLOCKS = 4
+GROUP_BLOCKS = BLOCKS // GROUPS
+#: Rows of a tile of the sort: a multiple of 16 up to so many. There is a program for each size in
+#: steps of 32, so that few empty rows are multiplied.
+MAX_TILE_ROWS = 160
+SIZE_STEP = 32
+#: Rows that a warpgroup stores at a time.
+STORE_ROWS = 64
+#: Bytes of shared memory for the slots and for the rows that are stored.
+SHARED_MEMORY = 224 * 1024
 #: Pages that are multiplied in one step.
-STEP_PAGES = BLOCK_K // PAGE_ROWS
-#: Columns that a warpgroup stores at a time.
-STORE_COLUMNS = 64
+STEP_PAGES = BLOCK // PAGE_ROWS
 
 #: Numbers of one step in the list of steps: the column of the rank activations; for each site where
 #: there is nothing but zeros; and for each page the first of its rows in the tile, the end of its
 #: rows, and where it begins in the pool.
-STEP_FIELDS = 32
+STEP_FIELDS = 16
 ZEROS, STARTS, ENDS, PAGES = 1, 4, 8, 12
 
 
@@ -76,6 +85,7 @@ def gate_up(
     require_sizes(tile_rows, x.dtype, weight.shape[-2], weight.shape[-1])
     pairs = x.shape[0] * top_k
     if sites is not None:
+        rank_activations = padded(rank_activations, sites, pairs, x.dtype)
         rank_activations = shrink(
             x,
             sort,
@@ -93,6 +103,7 @@ def gate_up(
         sort,
         layer,
         pairs=pairs,
+        tile_rows=tile_rows,
         activation=activation,
         sites=sites or (),
         rank_activations=rank_activations,
@@ -122,6 +133,7 @@ def down(
         raise ValueError(f"Mosaic's kernel cannot write {dtype} for {hidden.dtype}")
     sites = () if site is None else (site,)
     if sites:
+        rank_activations = padded(rank_activations, sites, pairs, hidden.dtype)
         rank_activations = shrink(
             hidden,
             sort,
@@ -139,6 +151,7 @@ def down(
         sort,
         layer,
         pairs=pairs,
+        tile_rows=tile_rows,
         activation=None,
         sites=sites,
         rank_activations=rank_activations,
@@ -147,19 +160,29 @@ def down(
     )
 
 
+def padded(
+    given: Buffer | None, sites: Sequence[SitePages], pairs: int, dtype: DTypeLike
+) -> Buffer:
+    """A buffer for rank activations with as many rows as the kernel reads at once past the last."""
+    rows = pairs + RANK_PADDING
+    if given is not None and given.shape[1] < rows:
+        raise ValueError(
+            f"Mosaic's kernels need {rows} rows of rank activations, not {given.shape[1]}"
+        )
+    return given_or_new(given, (len(sites), rows, sites[0].max_rank), dtype)
+
+
 def lora_steps(
-    sort: TokenSort, sites: Sequence[SitePages], layer: Array, *, num_tiles: int
+    sort: TokenSort, sites: Sequence[SitePages], layer: Array, *, num_tiles: int, tile_rows: int
 ) -> tuple[Buffer, Buffer]:
     """The LoRA steps of every tile, int32.
 
     Returns:
-        ``[tiles, 5]``: how many steps there are; the first with rows of the first warpgroup, the
-        end of such steps, and both for the second. Then the steps themselves, ``[tiles, most,
-        STEP_FIELDS]``.
+        ``[tiles]``: how many there are; and the steps, ``[tiles, most, STEP_FIELDS]``.
     """
     _, _, adapters, pages, experts = sites[0].table.shape
     step_adapters = STEP_PAGES // len(sites)
-    most = pages * triton.cdiv(min(adapters, TILE_ROWS), step_adapters)
+    most = pages * triton.cdiv(min(adapters, tile_rows), step_adapters)
     second = sites[1] if len(sites) == 2 else None
     count, steps = launch(
         list_steps,
@@ -171,7 +194,7 @@ def lora_steps(
             None if second is None else second.table,
         ),
         [
-            jax.ShapeDtypeStruct((num_tiles, 5), jnp.int32),
+            jax.ShapeDtypeStruct((num_tiles,), jnp.int32),
             jax.ShapeDtypeStruct((num_tiles, most, STEP_FIELDS), jnp.int32),
         ],
         None,
@@ -180,8 +203,7 @@ def lora_steps(
         NUM_ADAPTERS=adapters,
         MAX_PAGES=pages,
         MOST=most,
-        TILE_ROWS=TILE_ROWS,
-        GROUP_ROWS=GROUP_ROWS,
+        LANES=triton.next_power_of_2(tile_rows),
         PAGE_ROWS=PAGE_ROWS,
         STEP_ADAPTERS=step_adapters,
         FIELDS=STEP_FIELDS,
@@ -203,6 +225,7 @@ def grouped_product(
     layer: Array,
     *,
     pairs: int,
+    tile_rows: int,
     activation: str | None,
     sites: Sequence[SitePages],
     rank_activations: Buffer | None,
@@ -218,9 +241,10 @@ def grouped_product(
         weight: ``[layers, experts, parts, width, depth]``. There are two parts, gate and up, where
             there is an activation, else one.
         bias: ``[layers, experts, parts, width]`` or None.
-        sort: with tiles of ``TILE_ROWS`` rows.
+        sort: the token sort.
         layer: int32 scalar.
         pairs: rows of this batch.
+        tile_rows: what the sort was made with.
         activation: None for a plain product.
         sites: pages of each part; none for the base model.
         rank_activations: ``[parts, >= pairs, >= max_rank]``, with ``sites``.
@@ -233,21 +257,25 @@ def grouped_product(
         ``[pairs, width]`` or ``out``; rows past the last real pair are not defined.
     """
     _, experts, parts, width, depth = weight.shape
-    columns = BLOCK_N // parts
+    # Columns of the result that one tile has.
+    columns = BLOCKS // parts * BLOCK
     num_blocks = pl.cdiv(width, columns)
-    part_pages = STEP_PAGES // parts
-    part_rows = part_pages * PAGE_ROWS
-    # Of one LoRA step: its numbers, rank activations, pages, and zeros.
-    num_loads = 1 + parts + BLOCK_K // 8 * parts
-    num_depth_steps = pl.cdiv(depth, BLOCK_K)
-    num_tiles = max_tiles(pairs, experts, TILE_ROWS)
+    num_depth_steps = pl.cdiv(depth, BLOCK)
+    num_tiles = max_tiles(pairs, experts, tile_rows)
     order = min(tiles.order, num_tiles)
     num_items = pl.cdiv(num_tiles, order) * order * num_blocks
-    stages = tiles.stages
+    # The slots of the ring are as many as fit beside the rows that are stored.
+    slot_bytes = (max(tile_rows, BLOCK) + BLOCKS * BLOCK) * BLOCK * rows.dtype.itemsize
+    store_bytes = GROUPS * STORE_ROWS * BLOCK * rows.dtype.itemsize
+    stages = (SHARED_MEMORY - store_bytes) // slot_bytes
+    # Rank activations are spread over so many rows at a time.
+    smem_rows = max(tile_rows, BLOCK) if sites else tile_rows
+    # Rows that there are programs for.
+    sizes = list(range(tile_rows, 0, -SIZE_STEP))
     lora_inputs: tuple[Buffer, ...] = ()
     if sites:
         assert rank_activations is not None
-        steps = steps or lora_steps(sort, sites, layer, num_tiles=num_tiles)
+        steps = steps or lora_steps(sort, sites, layer, num_tiles=num_tiles, tile_rows=tile_rows)
         pools = (site.b_pool.reshape(-1, width) for site in sites)
         lora_inputs = (*steps, rank_activations, *pools)
     bias_inputs = () if bias is None else (bias.reshape(-1),)
@@ -255,14 +283,9 @@ def grouped_product(
     def body(tiles_ref: Any, layer_ref: Any, rows_ref: Any, weight_ref: Any, *refs: Any) -> None:
         lora_refs, refs = refs[: len(lora_inputs)], refs[len(lora_inputs) :]
         bias_refs, (out_ref, *scratch) = refs[: len(bias_inputs)], refs[len(bias_inputs) :]
-        row_views, weight_views, out_views, loaded, used, *lora_scratch = scratch
-        if interpret:
-            rows_in, ranks_smem = row_views[0], row_views[-1]
-            rows_smem = rows_in
-        else:
-            rows_in, rows_smem, ranks_smem = row_views
-        weight_smem, pages_smem = weight_views
-        out_smem, spread_smem = out_views
+        row_views, weight_smem, out_views, loaded, used, *lora_scratch = scratch
+        rows_in, rows_smem = (row_views, row_views) if interpret else row_views
+        out_smem, out_written = (out_views, out_views) if interpret else out_views
         warpgroup = lax.axis_index("warpgroup")
         processor = lax.axis_index("processor")
         layer = layer_ref[0]
@@ -281,13 +304,17 @@ def grouped_product(
                 first, end = tiles_ref[entry, 1], tiles_ref[entry, 2]
                 return lax.cond(
                     expert >= 0,
-                    lambda before: item(entry, expert, first, end, block, before),
+                    lambda before: item(tile, expert, first, end, block, before),
                     lambda before: before,
                     before,
                 )
 
             count = lax.div(num_items - processor + tiles.processors - 1, tiles.processors)
             return lax.fori_loop(0, count, visit, jnp.int32(0))
+
+        def size_of(first: Array, end: Array) -> Array:
+            """Which of ``sizes`` is the smallest that has all rows."""
+            return lax.div(tile_rows - (end - first), SIZE_STEP)
 
         def slot_of(step: Array) -> Array:
             return lax.rem(step, stages)
@@ -305,188 +332,156 @@ def grouped_product(
             tile: Array, expert: Array, first: Array, end: Array, block: Array, before: Array
         ) -> Array:
             if lora_inputs:
-                before = load_pages(tile, first, block, before)
+                before = load_pages(tile, first, end, block, before)
             matrix = (layer * experts + expert) * (parts * width)
 
             def load_step(number: Array, _: None) -> None:
                 slot = wait_for_slot(before + number)
-                in_depth = pl.ds(number * BLOCK_K, BLOCK_K)
-                plgpu.copy_gmem_to_smem(
-                    rows_ref.at[pl.ds(first, TILE_ROWS), in_depth],
-                    rows_in.at[slot],
-                    loaded.at[slot],
-                )
-                for part in range(parts):
-                    # Sizes that a program is compiled for are multiples of 8.
-                    row = pl.multiple_of(matrix + part * width + block * columns, 8)
+                in_depth = pl.ds(number * BLOCK, BLOCK)
+
+                def load_rows(size: int) -> None:
                     plgpu.copy_gmem_to_smem(
-                        weight_ref.at[pl.ds(row, columns), in_depth],
-                        weight_smem.at[slot, pl.ds(part * columns, columns)],
+                        rows_ref.at[pl.ds(first, size), in_depth],
+                        rows_in.at[slot, pl.ds(0, size)],
+                        loaded.at[slot],
+                    )
+
+                lax.switch(size_of(first, end), [functools.partial(load_rows, n) for n in sizes])
+                for number_of, (part, column) in enumerate(blocks):
+                    # Past the last column another block is loaded again, which no store needs.
+                    from_column = jnp.minimum(block * columns + column, width - BLOCK)
+                    row = pl.multiple_of(matrix + part * width + from_column, BLOCK)
+                    plgpu.copy_gmem_to_smem(
+                        weight_ref.at[pl.ds(row, BLOCK), in_depth],
+                        weight_smem.at[slot, number_of],
                         loaded.at[slot],
                     )
 
             lax.fori_loop(0, num_depth_steps, load_step, None)
             return before + num_depth_steps
 
-        def load_pages(tile: Array, first: Array, block: Array, before: Array) -> Array:
+        def load_pages(tile: Array, first: Array, end: Array, block: Array, before: Array) -> Array:
             count_ref, steps_ref, ranks_ref, *pool_refs = lora_refs
-            step_smem, lora_loaded = lora_scratch
+            (lora_loaded,) = lora_scratch
 
             def load_step(number: Array, _: None) -> None:
                 # All of these are read before the first wait.
                 step_ref = steps_ref.at[tile, number]
                 first_rank, zeros = step_ref[0], [step_ref[ZEROS + part] for part in range(parts)]
                 page_rows = [step_ref[PAGES + page] for page in range(STEP_PAGES)]
+                starts = [step_ref[STARTS + page] for page in range(STEP_PAGES)]
+                ends = [step_ref[ENDS + page] for page in range(STEP_PAGES)]
                 slot = wait_for_slot(before + number)
                 barrier = lora_loaded.at[slot]
-                plgpu.copy_gmem_to_smem(step_ref, step_smem.at[slot], barrier)
-                for part, pool_ref in enumerate(pool_refs):
-                    plgpu.copy_gmem_to_smem(
-                        ranks_ref.at[part, pl.ds(first, TILE_ROWS), pl.ds(first_rank, PAGE_ROWS)],
-                        ranks_smem.at[slot, part],
-                        barrier,
+                for page in range(STEP_PAGES):
+                    for number_of, (part, column) in enumerate(blocks):
+                        # The other part's sums must not change.
+                        own = part == page * parts // STEP_PAGES
+                        row = page_rows[page] if own else zeros[part]
+                        plgpu.copy_gmem_to_smem(
+                            pool_refs[part].at[
+                                pl.ds(pl.multiple_of(row, PAGE_ROWS), PAGE_ROWS),
+                                pl.ds(block * columns + column, BLOCK),
+                            ],
+                            weight_smem.at[slot, number_of, pl.ds(page * PAGE_ROWS, PAGE_ROWS)],
+                            barrier,
+                        )
+
+                def spread_ranks(chunk: Array, _: None) -> None:
+                    """Rank activations in the columns of the row's own pages, and zeros."""
+                    begin = pl.multiple_of(jnp.minimum(chunk * BLOCK, smem_rows - BLOCK), 8)
+                    row = begin + plgpu.broadcasted_iota(
+                        jnp.int32, (BLOCK, PAGE_ROWS), 0, layout=plgpu.Layout.WGMMA
                     )
-                    # Eight rows at a time are together in shared memory.
-                    for row in range(part * part_rows, (part + 1) * part_rows, 8):
-                        from_row = page_rows[row // PAGE_ROWS] + row % PAGE_ROWS
-                        load_rows(pool_ref, from_row, slot, row, part)
-                        if parts == 2:
-                            # The other part's sums must not change.
-                            load_rows(pool_ref, zeros[part], slot, row, 1 - part)
+                    spread = []
+                    for part in range(parts):
+                        ranks = plgpu.load(
+                            ranks_ref.at[
+                                part, pl.ds(first + begin, BLOCK), pl.ds(first_rank, PAGE_ROWS)
+                            ],
+                            layout=plgpu.Layout.WGMMA,
+                            optimized=False,
+                        )
+                        for page in range(STEP_PAGES // parts):
+                            page += part * STEP_PAGES // parts
+                            mine = (row >= starts[page]) & (row < ends[page])
+                            spread.append(jnp.where(mine, ranks, jnp.zeros_like(ranks)))
+                    rows_smem[slot, pl.ds(begin, BLOCK)] = jnp.concatenate(spread, axis=1)
 
-            def load_rows(pool_ref: Any, from_row: Array, slot: Array, row: int, part: int) -> None:
-                plgpu.copy_gmem_to_smem(
-                    pool_ref.at[
-                        pl.ds(pl.multiple_of(from_row, 8), 8), pl.ds(block * columns, columns)
-                    ],
-                    pages_smem.at[slot, pl.ds(row, 8), pl.ds(part * columns, columns)],
-                    lora_loaded.at[slot],
-                )
+                lax.fori_loop(0, lax.div(end - first + BLOCK - 1, BLOCK), spread_ranks, None)
+                plgpu.commit_smem()
+                plgpu.barrier_arrive(barrier)
 
-            count = count_ref[tile, 0]
+            count = count_ref[tile]
             lax.fori_loop(0, count, load_step, None)
             return before + count
-
-        def skip_step(barriers: Any) -> Any:
-            def step(number: Array, _: None) -> None:
-                plgpu.barrier_wait(barriers.at[slot_of(number)])
-                plgpu.barrier_arrive(used.at[slot_of(number)])
-
-            return step
 
         def multiply(
             tile: Array, expert: Array, first: Array, end: Array, block: Array, before: Array
         ) -> Array:
-            group_row = pl.multiple_of(warpgroup * GROUP_ROWS, GROUP_ROWS)
-            in_group = pl.ds(group_row, GROUP_ROWS)
-            num_rows = jnp.clip(end - first - group_row, 0, GROUP_ROWS)
-            begin = before + lora_refs[0][tile, 0] if lora_inputs else before
+            return lax.switch(
+                size_of(first, end),
+                [
+                    functools.partial(multiply_size, size, tile, expert, first, end, block)
+                    for size in sizes
+                ],
+                before,
+            )
+
+        def multiply_size(
+            size: int,
+            tile: Array,
+            expert: Array,
+            first: Array,
+            end: Array,
+            block: Array,
+            before: Array,
+        ) -> Array:
+            begin = before + lora_refs[0][tile] if lora_inputs else before
             after = begin + num_depth_steps
-
-            def sums(total: Any) -> Array:
-                if lora_inputs:
-                    add_lora(total)
-
-                def step(number: Array, _: None) -> None:
-                    slot = slot_of(begin + number)
-                    plgpu.barrier_wait(loaded.at[slot])
-                    plgpu.wgmma(total, rows_smem.at[slot, in_group], weight_smem.at[slot].T)
-                    # All but the newest product are done.
-                    plgpu.wgmma_wait(1)
-
-                    @pl.when(number > 0)
-                    def release() -> None:
-                        plgpu.barrier_arrive(used.at[slot_of(begin + number - 1)])
-
-                lax.fori_loop(0, num_depth_steps, step, None)
-                return total[...]
-
-            def add_lora(total: Any) -> None:
-                count_ref, (step_smem, lora_loaded) = lora_refs[0], lora_scratch
-                row = group_row + plgpu.broadcasted_iota(
-                    jnp.int32, (GROUP_ROWS, PAGE_ROWS), 0, layout=plgpu.Layout.WGMMA
-                )
-                # The last stores have been read.
-                plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-
-                def step(number: Array, _: None) -> None:
-                    slot = slot_of(number)
-                    plgpu.barrier_wait(lora_loaded.at[slot])
-                    spread = []
-                    for part in range(parts):
-                        ranks = plgpu.load(
-                            ranks_smem.at[slot, part, in_group],
-                            layout=plgpu.Layout.WGMMA,
-                            optimized=False,
-                        )
-                        for page in range(part * part_pages, (part + 1) * part_pages):
-                            start, stop = (step_smem[slot, f + page] for f in (STARTS, ENDS))
-                            mine = (row >= start) & (row < stop)
-                            spread.append(jnp.where(mine, ranks, jnp.zeros_like(ranks)))
-                    spread_smem[warpgroup, 0] = jnp.concatenate(spread, axis=1)
-                    plgpu.commit_smem()
-                    plgpu.wgmma(total, spread_smem.at[warpgroup, 0], pages_smem.at[slot])
-                    plgpu.wgmma_wait(0)
-                    plgpu.barrier_arrive(used.at[slot])
-
-                # Steps without rows of this warpgroup are at one end or at the other.
-                lower = before + count_ref[tile, 1 + 2 * warpgroup]
-                upper = before + count_ref[tile, 2 + 2 * warpgroup]
-                lax.fori_loop(before, lower, skip_step(lora_loaded), None)
-                lax.fori_loop(lower, upper, step, None)
-                lax.fori_loop(upper, begin, skip_step(lora_loaded), None)
-
-            def compute() -> None:
-                total = pl.run_scoped(sums, plgpu.ACC((GROUP_ROWS, BLOCK_N)))
-                plgpu.barrier_arrive(used.at[slot_of(after - 1)])
-                store(total)
+            mine = [GROUP_BLOCKS * warpgroup + number for number in range(GROUP_BLOCKS)]
 
             def with_bias(value: Array, part: int, column: Array) -> Array:
                 if not bias_refs:
                     return value
                 # Columns past the last are not stored.
                 begin = ((layer * experts + expert) * parts + part) * width
-                begin += jnp.minimum(column, width - STORE_COLUMNS)
+                begin += jnp.minimum(column, width - BLOCK)
                 numbers = plgpu.load(
-                    bias_refs[0].at[pl.ds(pl.multiple_of(begin, 8), STORE_COLUMNS)],
-                    layout=plgpu.Layout.WGMMA.reduce(0),
+                    bias_refs[0].at[pl.ds(pl.multiple_of(begin, 8), BLOCK)],
+                    layout=plgpu.Layout.WGMMA.reduce(1),
                     optimized=False,
                 )
-                return value + lax.broadcast_in_dim(numbers.astype(jnp.float32), value.shape, (1,))
+                return value + lax.broadcast_in_dim(numbers.astype(jnp.float32), value.shape, (0,))
 
-            def store(total: Array) -> None:
-                for chunk in range(0, columns, STORE_COLUMNS):
-                    column = block * columns + chunk
-                    values = [
-                        with_bias(
-                            total[:, part * columns + chunk :][:, :STORE_COLUMNS], part, column
-                        )
-                        for part in range(parts)
+            def store(values: Sequence[Array], column: Array) -> None:
+                values = [with_bias(value, part, column) for part, value in enumerate(values)]
+                value = values[0]
+                if activation is not None:
+                    value = activate(value, values[1], activation)
+                value = value.astype(rows.dtype)
+                for chunk in range(0, size, STORE_ROWS):
+                    num_stored = min(STORE_ROWS, size - chunk)
+                    # The store before has been read.
+                    plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+                    out_written.at[warpgroup, pl.ds(0, num_stored)].T[...] = value[
+                        :, chunk : chunk + num_stored
                     ]
-                    value = values[0]
-                    if activation is not None:
-                        value = activate(value, values[1], activation)
-                    buffer = chunk // STORE_COLUMNS % 2
-                    # The store before last, from the same buffer, has been read.
-                    plgpu.wait_smem_to_gmem(1, wait_read_only=True)
-                    out_smem[warpgroup, buffer] = value.astype(rows.dtype)
                     plgpu.commit_smem()
-                    store_rows(buffer, column)
+                    num_rows = jnp.clip(end - first - chunk, 0, STORE_ROWS)
+                    store_rows(num_rows, first + chunk, column)
 
-            def store_rows(buffer: int, column: Array) -> None:
+            def store_rows(num_rows: Array, first: Array, column: Array) -> None:
                 # A copy has a fixed number of rows, so there is one for each power of two.
                 start: Any = 0
-                size = GROUP_ROWS
+                size = STORE_ROWS
                 while size:
 
                     @pl.when((num_rows & size) != 0)
                     def _(start: Any = start, size: int = size) -> None:
                         plgpu.copy_smem_to_gmem(
-                            out_smem.at[warpgroup, buffer, pl.ds(start, size)],
-                            out_ref.at[
-                                pl.ds(first + group_row + start, size),
-                                pl.ds(column, STORE_COLUMNS),
-                            ],
+                            out_smem.at[warpgroup, pl.ds(start, size)],
+                            out_ref.at[pl.ds(first + start, size), pl.ds(column, BLOCK)],
                             commit_group=False,
                         )
 
@@ -494,18 +489,45 @@ def grouped_product(
                     size //= 2
                 plgpu.commit_smem_to_gmem_group()
 
-            def skip() -> None:
-                """No row of this tile is this warpgroup's."""
-                if lora_inputs:
-                    lax.fori_loop(before, begin, skip_step(lora_scratch[1]), None)
-                lax.fori_loop(begin, after, skip_step(loaded), None)
+            def sums(*totals: Any) -> list[Array]:
+                def step(barriers: Any, transposed: bool) -> Any:
+                    def run(number: Array, _: None) -> None:
+                        slot = slot_of(number)
+                        plgpu.barrier_wait(barriers.at[slot])
+                        for total, own in zip(totals, mine, strict=True):
+                            matrix = weight_smem.at[slot, own]
+                            plgpu.wgmma(
+                                total,
+                                matrix.T if transposed else matrix,
+                                rows_smem.at[slot, pl.ds(0, size)].T,
+                            )
+                        # All but the newest products are done.
+                        plgpu.wgmma_wait(GROUP_BLOCKS)
 
-            lax.cond(num_rows > 0, compute, skip)
+                        @pl.when(number > before)
+                        def release() -> None:
+                            plgpu.barrier_arrive(used.at[slot_of(number - 1)])
+
+                    return run
+
+                if lora_inputs:
+                    lax.fori_loop(before, begin, step(lora_scratch[0], True), None)
+                lax.fori_loop(begin, after, step(loaded, False), None)
+                return [total[...] for total in totals]
+
+            totals = pl.run_scoped(sums, *[plgpu.ACC((BLOCK, size))] * GROUP_BLOCKS)
+            plgpu.barrier_arrive(used.at[slot_of(after - 1)])
+            column = block * columns + warpgroup * (columns // GROUPS)
+            if parts == 2:
+                store(totals, column)
+            else:
+                for number, total in enumerate(totals):
+                    store([total], column + number * BLOCK)
             return after
 
         @pl.when(warpgroup == GROUPS)
         def _load_all() -> None:
-            plgpu.set_max_registers(40, action="decrease")
+            plgpu.set_max_registers(56 if lora_inputs else 40, action="decrease")
             total = for_each_item(load)
 
             def drain(step: Array, _: None) -> None:
@@ -515,41 +537,38 @@ def grouped_product(
 
         @pl.when(warpgroup < GROUPS)
         def _multiply_all() -> None:
-            plgpu.set_max_registers(232, action="increase")
+            plgpu.set_max_registers(224 if lora_inputs else 232, action="increase")
             for_each_item(multiply)
             plgpu.wait_smem_to_gmem(0)
 
-    row_tile = (stages, TILE_ROWS, BLOCK_K)
-    row_views: tuple[Any, ...] = (
-        swizzled(*row_tile, tile_rows=8, dtype=rows.dtype),
-        # As large as the rows, so that a slot is the same memory in both.
-        plgpu.SMEM((stages, STEP_PAGES, TILE_ROWS, PAGE_ROWS), rows.dtype),
-    )
-    weight_views: tuple[Any, ...] = (
-        swizzled(stages, BLOCK_N, BLOCK_K, tile_rows=8, dtype=rows.dtype),
-        swizzled(stages, BLOCK_K, BLOCK_N, tile_rows=8, dtype=rows.dtype),
-    )
-    out_tile = (GROUPS, 2, GROUP_ROWS, STORE_COLUMNS)
-    out_views: tuple[Any, ...] = (
-        swizzled(*out_tile, tile_rows=1, dtype=rows.dtype),
-        swizzled(*out_tile, tile_rows=8, dtype=rows.dtype),
-    )
+    # A warpgroup's blocks: one of each part, or neighbours.
+    blocks = [
+        (number % 2, number // 2 * BLOCK) if parts == 2 else (0, number * BLOCK)
+        for number in range(BLOCKS)
+    ]
+    row_tile, out_tile = (stages, smem_rows, BLOCK), (GROUPS, STORE_ROWS, BLOCK)
+
+    def views(shape: tuple[int, ...]) -> Any:
+        """Two views of the same memory.
+
+        Loads and stores may start at any row where a tile of the layout has one row; ``wgmma``
+        needs eight.
+        """
+        eight = swizzled(*shape, tile_rows=8, dtype=rows.dtype)
+        if interpret:
+            return eight
+        return plgpu.RefUnion(swizzled(*shape, tile_rows=1, dtype=rows.dtype), eight)
+
     scratch: list[Any] = [
-        # Loads may start at any row where a tile of the layout has one row; wgmma needs eight. In
-        # memory both are the same.
-        row_views
-        if interpret
-        else plgpu.RefUnion(swizzled(*row_tile, tile_rows=1, dtype=rows.dtype), *row_views),
-        weight_views if interpret else plgpu.RefUnion(*weight_views),
-        out_views if interpret else plgpu.RefUnion(*out_views),
-        plgpu.Barrier(num_arrivals=1 + parts, num_barriers=stages),
+        views(row_tile),
+        swizzled(stages, BLOCKS, BLOCK, BLOCK, tile_rows=8, dtype=rows.dtype),
+        views(out_tile),
+        plgpu.Barrier(num_arrivals=1 + BLOCKS, num_barriers=stages),
         plgpu.Barrier(num_arrivals=GROUPS, num_barriers=stages),
     ]
     if lora_inputs:
-        scratch += [
-            plgpu.SMEM((stages, STEP_FIELDS), jnp.int32),
-            plgpu.Barrier(num_arrivals=num_loads, num_barriers=stages),
-        ]
+        # Each block of each page, and the rank activations.
+        scratch.append(plgpu.Barrier(num_arrivals=STEP_PAGES * BLOCKS + 1, num_barriers=stages))
     kernel = plgpu.kernel(
         body,
         out_type=() if out is not None else jax.ShapeDtypeStruct((pairs, width), rows.dtype),
@@ -572,22 +591,24 @@ def grouped_product(
 
 def swizzled(*shape: int, tile_rows: int, dtype: jnp.dtype) -> Any:
     """Shared memory that neither the loads nor ``wgmma`` find bank conflicts in."""
-    transforms = (plgpu.TilingTransform((tile_rows, BLOCK_K)), plgpu.SwizzleTransform(128))
+    transforms = (plgpu.TilingTransform((tile_rows, BLOCK)), plgpu.SwizzleTransform(128))
     return plgpu.SMEM(shape, dtype, transforms=transforms)
 
 
 def require_sizes(tile_rows: int, dtype: DTypeLike, width: int, depth: int) -> None:
     """Raise ValueError for what the kernels here cannot do."""
-    if tile_rows != TILE_ROWS:
-        raise ValueError(f"Mosaic's kernels need tiles of {TILE_ROWS} rows, not {tile_rows}")
+    if tile_rows % 16 or not 0 < tile_rows <= MAX_TILE_ROWS:
+        raise ValueError(
+            f"Mosaic's kernels need tiles of 16, 32, ... {MAX_TILE_ROWS} rows, not {tile_rows}"
+        )
     if jnp.dtype(dtype).itemsize != 2:
         raise ValueError(f"Mosaic's kernels need a dtype of 16 bits, not {jnp.dtype(dtype)}")
     for size in (depth, width):
         # A dimension that is one step wide loses its index in Mosaic's copies: a store past the
         # last column would overwrite the first ones.
-        if size % BLOCK_K or size == BLOCK_K:
+        if size % BLOCK or size == BLOCK:
             raise ValueError(
-                f"Mosaic's kernels need widths that are multiples of {BLOCK_K} above it, not {size}"
+                f"Mosaic's kernels need widths that are multiples of {BLOCK} above it, not {size}"
             )
 
 
@@ -612,8 +633,7 @@ def list_steps(
     NUM_ADAPTERS: tl.constexpr,
     MAX_PAGES: tl.constexpr,
     MOST: tl.constexpr,
-    TILE_ROWS: tl.constexpr,
-    GROUP_ROWS: tl.constexpr,
+    LANES: tl.constexpr,
     PAGE_ROWS: tl.constexpr,
     STEP_ADAPTERS: tl.constexpr,
     FIELDS: tl.constexpr,
@@ -634,17 +654,17 @@ def list_steps(
     if expert >= 0:
         first, end = tl.load(tiles_ptr + tile * 3 + 1), tl.load(tiles_ptr + tile * 3 + 2)
         layer = tl.load(layer_ptr)
-        lane = tl.arange(0, TILE_ROWS)
+        lane = tl.arange(0, LANES)
         rows = first + lane
         adapter, slot, num_slots = tile_adapters(
             first, rows, rows < end, expert, group_ptr, NUM_ADAPTERS
         )
         table = (layer * 2 + 1) * NUM_ADAPTERS * MAX_PAGES * NUM_EXPERTS + expert
         number = tl.arange(0, STEP_ADAPTERS)
-        count, first_end, second_begin = 0, 0, 0
+        count = 0
         for first_slot in range(0, num_slots, STEP_ADAPTERS):
             step_adapter, mine = find_adapters(first_slot, adapter, slot, STEP_ADAPTERS)
-            start = tl.min(tl.where(mine, lane[:, None], TILE_ROWS), 0)
+            start = tl.min(tl.where(mine, lane[:, None], LANES), 0)
             stop = tl.max(tl.where(mine, lane[:, None] + 1, 0), 0)
             for page in range(MAX_PAGES):
                 entry = table + (step_adapter * MAX_PAGES + page) * NUM_EXPERTS
@@ -668,17 +688,7 @@ def list_steps(
                             step_ptrs, start, stop, page_1, POOL_1, STARTS, ENDS, PAGES, PAGE_ROWS
                         )
                     count += 1
-            # Rows rise from step to step.
-            if tl.min(start, 0) < GROUP_ROWS:
-                first_end = count
-            if tl.max(stop, 0) <= GROUP_ROWS:
-                second_begin = count
-        count_ptr += tile * 5
-        tl.store(count_ptr, count)
-        tl.store(count_ptr + 1, 0)
-        tl.store(count_ptr + 2, first_end)
-        tl.store(count_ptr + 3, second_begin)
-        tl.store(count_ptr + 4, count)
+        tl.store(count_ptr + tile, count)
 
 
 @triton.jit

@@ -81,14 +81,12 @@ class MosaicTiles:
 
     Attributes:
         shrink: of the launch before that makes the rank activations.
-        stages: steps whose loads are in flight.
         order: tiles of rows that share a block of columns before the next block begins.
         processors: programs, one for each processor of the GPU.
     """
 
     shrink: ShrinkTiles
-    stages: int = 4
-    order: int = 32
+    order: int = 8
     processors: int = 132
 
     @classmethod
@@ -127,7 +125,7 @@ class MoeTiles:
 
 
 def _product_from_json(fields: dict[str, Any]) -> GemmTiles | MosaicTiles:
-    return (MosaicTiles if "stages" in fields else GemmTiles).from_json(fields)
+    return (MosaicTiles if "order" in fields else GemmTiles).from_json(fields)
 
 
 def moe_tiles(
