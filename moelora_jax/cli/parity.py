@@ -5,7 +5,7 @@ import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import numpy as np
 import typer
@@ -32,7 +32,18 @@ from moelora_jax.engine.trace import Trace
 from moelora_jax.files import new_file
 from moelora_jax.models import ModelFamily, read_model_config
 from moelora_jax.models.tokenizer import read_tokenizer
-from moelora_jax.parity import AdapterErrors, Comparison, compare, require_torch, trace_torch_rows
+from moelora_jax.parity import (
+    AdapterErrors,
+    Agreement,
+    Comparison,
+    GreedyTokens,
+    compare,
+    count_agreement,
+    greedy_torch,
+    require_torch,
+    run_torch_rows,
+    trace_torch,
+)
 
 #: Layouts that PEFT loads as they are. It passes over tensors of others, or reads some of them.
 _READ_BY_PEFT = {LINEAR.name, PEFT_FUSED.name}
@@ -60,8 +71,15 @@ def parity(
         int, typer.Option(min=1, rich_help_panel=_RANDOM, help="Tokens of the longest row.")
     ] = 32,
     seed: Annotated[int, typer.Option(min=0, rich_help_panel=_RANDOM)] = 0,
+    generate: Annotated[
+        int, typer.Option(min=0, help="Tokens to generate for each row and to compare, too.")
+    ] = 0,
     dtype: Annotated[
-        Dtype, typer.Option(help="Compute dtype here; PyTorch always computes in float32.")
+        Dtype,
+        typer.Option(
+            help="Compute dtype here. The reference is PyTorch in float32; what PyTorch itself "
+            "gives in bfloat16 is shown beside."
+        ),
     ] = Dtype.FLOAT32,
     tolerance: Annotated[
         float | None,
@@ -83,7 +101,9 @@ def parity(
 
     PyTorch, with transformers and PEFT, runs first and is freed before the model is loaded here. It
     needs memory for the model in float32, on the CPU unless --torch-device says otherwise. The
-    exit code is 1 beyond the tolerance.
+    exit code is 1 beyond the tolerance, or if a best token differs although PyTorch's is ahead of
+    the second best by more than the noise: in float32 twice the tolerance, in bfloat16 twice the
+    largest error of a logit in PyTorch's own bfloat16.
     """
     require_torch()
     if json_file is not None:
@@ -95,14 +115,30 @@ def parity(
     else:
         prompts = read_rows(rows, config, folders, read_tokenizer(model))
     adapters = read_adapters(folders, config.lora_sites(), family)
-    references = _run_torch(model, folders, adapters, prompts, family, config, torch_device)
-    traces = _run_here(model, adapters, prompts, config, dtype)
+    references, rounded, greedy = _run_torch(
+        model, folders, adapters, prompts, family, config, torch_device, dtype, generate
+    )
+    traces, completions = _run_here(model, adapters, prompts, config, dtype, generate)
 
     found = compare(traces, references)
+    own = compare(rounded, references) if rounded else None
     if tolerance is None:
-        tolerance = 2e-5 if dtype is Dtype.FLOAT32 else 1e-3
-    error = found.total.logits if dtype is Dtype.FLOAT32 else found.total.log_probabilities
-    passed = error <= tolerance
+        tolerance = 2e-5 if own is None else 1e-3
+    noise = 2 * (tolerance if own is None else own.total.logits)
+    agreements = {
+        "next_tokens": count_agreement(
+            [
+                (GreedyTokens.of(trace.logits).tokens, GreedyTokens.of(reference.logits))
+                for trace, reference in zip(traces, references, strict=True)
+            ],
+            noise,
+            generated=False,
+        ),
+        "generated": count_agreement(zip(completions, greedy, strict=True), noise, generated=True),
+    }
+    error = found.total.logits if own is None else found.total.log_probabilities
+    same_tokens = not any(agreement.different for agreement in agreements.values())
+    passed = error <= tolerance and same_tokens
     if json_file is not None:
         report = {
             "model": str(model),
@@ -111,13 +147,21 @@ def parity(
             "dtype": str(dtype),
             "tolerance": tolerance,
             "passed": passed,
+            **asdict(found),
+            "torch_in_dtype": None if own is None else asdict(own),
+            "noise": noise,
+            **{name: asdict(agreement) for name, agreement in agreements.items()},
         }
         with new_file(json_file) as new:
-            new.write_text(json.dumps(report | asdict(found), indent=2) + "\n", encoding="utf-8")
-    _print(found, adapters)
-    what = "largest error of a logit" if dtype is Dtype.FLOAT32 else "0.5·mean(Δ log p²)"
-    verdict = "[bold green]within[/]" if passed else "[bold red]beyond[/]"
-    stdout().print(f"{verdict} the tolerance: {what} {error:.2g}, {tolerance:g} is allowed")
+            new.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+    _print(found, own, adapters)
+    console = stdout()
+    for name, agreement in agreements.items():
+        if agreement.decided:
+            console.print(_describe_agreement(name, agreement, noise))
+    what = "largest error of a logit" if own is None else "0.5·mean(Δ log p²)"
+    verdict = "[bold green]within[/]" if error <= tolerance else "[bold red]beyond[/]"
+    console.print(f"{verdict} the tolerance: {what} {error:.2g}, {tolerance:g} is allowed")
     if not passed:
         raise typer.Exit(1)
 
@@ -143,8 +187,13 @@ def _run_torch(
     family: ModelFamily,
     config: ModelConfig,
     device: str,
-) -> list[Trace]:
-    """Every prompt alone; adapters that PEFT cannot load are converted for it."""
+    dtype: Dtype,
+    new_tokens: int,
+) -> tuple[list[Trace], list[Trace], list[GreedyTokens]]:
+    """Every prompt alone: in float32, in the dtype if that is another, and new tokens in float32.
+
+    Adapters that PEFT cannot load are converted for it.
+    """
     with tempfile.TemporaryDirectory(prefix="moelora-parity-") as temporary:
         readable: dict[str, Path] = {}
         for number, (name, (folder, _)) in enumerate(folders.items()):
@@ -158,8 +207,23 @@ def _run_torch(
                     layout="peft_fused",
                     module_names=family.module_names,
                 )
-        with stderr().status("PyTorch, each row alone"):
-            return trace_torch_rows(model, readable, prompts, device=device)
+
+        def run(
+            torch_model: Any, tokens: Sequence[int] | np.ndarray, adapter: str | None
+        ) -> tuple[Trace, GreedyTokens]:
+            trace = trace_torch(torch_model, tokens, adapter)
+            greedy = GreedyTokens((), ())
+            return trace, greedy_torch(torch_model, tokens, new_tokens) if new_tokens else greedy
+
+        with stderr().status("PyTorch in float32, each row alone"):
+            rows = run_torch_rows(model, readable, prompts, run, device=device)
+        rounded: list[Trace] = []
+        if dtype is not Dtype.FLOAT32:
+            with stderr().status(f"PyTorch in {dtype}, each row alone"):
+                rounded = run_torch_rows(
+                    model, readable, prompts, trace_torch, device=device, dtype=str(dtype)
+                )
+        return [trace for trace, _ in rows], rounded, [greedy for _, greedy in rows]
 
 
 def _is_read_by_peft(adapter: Adapter) -> bool:
@@ -172,12 +236,14 @@ def _run_here(
     prompts: Sequence[Prompt],
     config: ModelConfig,
     dtype: Dtype,
-) -> list[Trace]:
-    """All prompts as one batch."""
+    new_tokens: int,
+) -> tuple[list[Trace], list[tuple[int, ...]]]:
+    """All prompts as one batch, and the tokens that follow each of them."""
     runtime = derive_runtime(
         config,
         adapters.values(),
         prompts,
+        max_new_tokens=new_tokens,
         max_batch_rows=_power_of_two(len(prompts)),
         max_batch_tokens=_power_of_two(sum(len(prompt.tokens) for prompt in prompts)),
     )
@@ -187,19 +253,25 @@ def _run_here(
         llm.load_adapter(name, adapter)
     with stderr().status("All rows in one batch"):
         # The logits are those of the program that serves.
-        return [
+        traces = [
             replace(trace, logits=logits)
             for trace, logits in zip(llm.trace(prompts), llm.score(prompts), strict=True)
         ]
+        if not new_tokens:
+            return traces, [()] * len(prompts)
+        completions = llm.generate(prompts, max_new_tokens=new_tokens, stop_tokens=())
+        return traces, [completion.tokens for completion in completions]
 
 
 # The report.
 
 
-def _print(found: Comparison, adapters: Mapping[str, Adapter]) -> None:
-    columns = "layer", "MoE input", "router logits", "same experts", "weights", "MoE output"
+def _print(found: Comparison, own: Comparison | None, adapters: Mapping[str, Adapter]) -> None:
+    columns = ["layer", "MoE input", "router logits", "same experts", "weights", "MoE output"]
+    if own is not None:
+        columns.append("PyTorch's experts")
     table = make_table("MoE layers: largest errors", *columns, numbers=columns)
-    for layer in found.layers:
+    for index, layer in enumerate(found.layers):
         table.add_row(
             str(layer.layer),
             _error(layer.moe_input),
@@ -207,24 +279,42 @@ def _print(found: Comparison, adapters: Mapping[str, Adapter]) -> None:
             f"{layer.equal_choices:.2%}",
             _error(layer.weights),
             _error(layer.moe_output),
+            *([] if own is None else [f"{own.layers[index].equal_choices:.2%}"]),
         )
     console = stdout()
     console.print(table)
     console.print("[dim]relative to the largest number of the layer; weights absolute[/]\n")
 
-    numbers = "tokens", "hidden", "logits", "log p"
+    numbers = ["tokens", "hidden", "logits", "log p"]
+    if own is not None:
+        numbers.append("PyTorch's log p")
     words = "adapter", "layout", "in PyTorch"
     table = make_table("What comes out: largest errors", *words, *numbers, numbers=numbers)
-    for errors in found.adapters:
+
+    def add(words: tuple[str, str, str], ours: AdapterErrors, theirs: AdapterErrors | None) -> None:
+        values = [ours.hidden, ours.logits, ours.log_probabilities]
+        values += [] if theirs is None else [theirs.log_probabilities]
+        table.add_row(*words, str(ours.tokens), *map(_error, values))
+
+    for index, errors in enumerate(found.adapters):
         adapter = None if errors.adapter is None else adapters[errors.adapter]
-        table.add_row(*_describe(errors.adapter, adapter), *_numbers(errors))
+        theirs = None if own is None else own.adapters[index]
+        add(_describe(errors.adapter, adapter), errors, theirs)
     table.add_section()
-    table.add_row("all", "", "", *_numbers(found.total))
+    add(("all", "", ""), found.total, None if own is None else own.total)
     console.print(table)
     console.print(
         "[dim]hidden relative to the largest number; logits absolute, up to "
-        f"{found.total.largest_logit:.3g}; log p is 0.5·mean(Δ log p²)[/]\n"
+        f"{found.total.largest_logit:.3g}; log p is 0.5·mean(Δ log p²)"
+        + ("" if own is None else "; PyTorch's: its own bfloat16, beside its float32")
+        + "[/]\n"
     )
+
+
+def _describe_agreement(name: str, agreement: Agreement, noise: float) -> str:
+    what = "best next tokens in prompts" if name == "next_tokens" else "generated tokens"
+    different = "all equal" if not agreement.different else f"{agreement.different} DIFFER"
+    return f"{what}: {agreement.decided} are decided by more than {noise:.2g}, {different}"
 
 
 def _describe(name: str | None, adapter: Adapter | None) -> tuple[str, str, str]:
@@ -232,11 +322,6 @@ def _describe(name: str | None, adapter: Adapter | None) -> tuple[str, str, str]
     if name is None or adapter is None:
         return "[dim]base[/]", "", ""
     return name, adapter.layout, "as it is" if _is_read_by_peft(adapter) else "converted"
-
-
-def _numbers(errors: AdapterErrors) -> tuple[str, ...]:
-    values = errors.hidden, errors.logits, errors.log_probabilities
-    return str(errors.tokens), *map(_error, values)
 
 
 def _error(value: float) -> str:

@@ -1,6 +1,6 @@
 """How far two traces of the same prompts are apart."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -69,6 +69,61 @@ class Comparison:
     layers: tuple[LayerErrors, ...]
     adapters: tuple[AdapterErrors, ...]
     total: AdapterErrors
+
+
+@dataclass(frozen=True)
+class GreedyTokens:
+    """The best token of each position, and how far it is ahead of the second best.
+
+    Attributes:
+        tokens: of the largest logits.
+        margins: differences of the two largest logits.
+    """
+
+    tokens: tuple[int, ...]
+    margins: tuple[float, ...]
+
+    @classmethod
+    def of(cls, logits: np.ndarray) -> "GreedyTokens":
+        """Of logits ``[positions, vocabulary]``."""
+        second, best = np.partition(logits, -2, axis=-1)[:, -2:].T
+        return cls(tuple(logits.argmax(-1).tolist()), tuple((best - second).tolist()))
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """How often the best tokens of two implementations are the same.
+
+    Attributes:
+        decided: positions at which the reference's margin exceeds the noise.
+        different: those of them at which the tokens differ.
+    """
+
+    decided: int
+    different: int
+
+
+def count_agreement(
+    rows: Iterable[tuple[Sequence[int], GreedyTokens]], noise: float, *, generated: bool
+) -> Agreement:
+    """Compare best tokens with those of a reference.
+
+    Args:
+        rows: tokens of one implementation, and of the reference.
+        noise: a smaller margin decides nothing.
+        generated: whether each token follows those before it, so that nothing can be compared
+            behind the first difference of a row.
+    """
+    decided = different = 0
+    for tokens, reference in rows:
+        for token, expected, margin in zip(
+            tokens, reference.tokens, reference.margins, strict=True
+        ):
+            decided += margin > noise
+            different += margin > noise and token != expected
+            if generated and token != expected:
+                break
+    return Agreement(decided, different)
 
 
 def compare(traces: Sequence[Trace], references: Sequence[Trace]) -> Comparison:

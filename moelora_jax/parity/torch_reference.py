@@ -1,6 +1,7 @@
 """The PyTorch side: transformers and PEFT compute one prompt at a time, and hooks keep a trace.
 
-The reference is the plainest there is: float32, eager attention, one expert after the other.
+The reference is the plainest there is: float32, eager attention, one expert after the other. In
+bfloat16 the same shows what that dtype alone costs.
 """
 
 import gc
@@ -17,6 +18,7 @@ from moelora_jax.engine.llm import Prompt
 from moelora_jax.engine.trace import Trace
 from moelora_jax.errors import AdapterError, CheckpointError, MoeLoraError
 from moelora_jax.models.checkpoint import is_orbax
+from moelora_jax.parity.comparison import GreedyTokens
 
 
 def require_torch() -> None:
@@ -39,14 +41,30 @@ def trace_torch_rows(
     prompts: Sequence[Prompt],
     *,
     device: str = "cpu",
+    dtype: str = "float32",
 ) -> list[Trace]:
-    """Compute every prompt alone, with a model that is loaded for it and freed afterwards.
+    """Trace every prompt alone; see :func:`run_torch_rows`."""
+    return run_torch_rows(model, adapters, prompts, trace_torch, device=device, dtype=dtype)
+
+
+def run_torch_rows[Result](
+    model: str | Path,
+    adapters: Mapping[str, str | Path],
+    prompts: Sequence[Prompt],
+    function: Callable[[Any, Sequence[int] | np.ndarray, str | None], Result],
+    *,
+    device: str = "cpu",
+    dtype: str = "float32",
+) -> list[Result]:
+    """Call a function for every prompt, with a model that is loaded for it and freed afterwards.
 
     Args:
         model: checkpoint folder.
         adapters: folders that PEFT can load, by the names that prompts use.
         prompts: valid rows.
-        device: of PyTorch, such as ``cpu`` or ``cuda``. It holds the model in float32.
+        function: takes the model with the row's adapter, its tokens, and the adapter's name.
+        device: of PyTorch, such as ``cpu`` or ``cuda``. It holds the model.
+        dtype: of the model.
 
     Raises:
         CheckpointError: transformers cannot read the folder.
@@ -55,13 +73,13 @@ def trace_torch_rows(
     """
     import torch
 
-    base = load_torch_model(model, device=device)
-    traces: dict[int, Trace] = {}
+    base = load_torch_model(model, device=device, dtype=dtype)
+    results: dict[int, Result] = {}
 
     def run(adapted_model: Any, adapter: str | None) -> None:
         for row, prompt in enumerate(prompts):
             if prompt.adapter == adapter:
-                traces[row] = trace_torch(adapted_model, prompt.tokens, adapter)
+                results[row] = function(adapted_model, prompt.tokens, adapter)
 
     run(base, None)
     for name in dict.fromkeys(prompt.adapter for prompt in prompts):
@@ -72,11 +90,11 @@ def trace_torch_rows(
     gc.collect()  # Modules are in reference cycles.
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
-    return [traces[row] for row in range(len(prompts))]
+    return [results[row] for row in range(len(prompts))]
 
 
-def load_torch_model(folder: str | Path, *, device: str = "cpu") -> Any:
-    """A model of transformers in float32; nothing is downloaded, and no pickle is read.
+def load_torch_model(folder: str | Path, *, device: str = "cpu", dtype: str = "float32") -> Any:
+    """A model of transformers; nothing is downloaded, and no pickle is read.
 
     Raises:
         CheckpointError: transformers cannot read the folder.
@@ -98,7 +116,8 @@ def load_torch_model(folder: str | Path, *, device: str = "cpu") -> Any:
         config = AutoConfig.from_pretrained(folder, local_files_only=True)
         model = AutoModelForCausalLM.from_pretrained(
             folder,
-            dtype="float32",
+            dtype=dtype,
+            device_map={"": device},
             attn_implementation="eager",
             experts_implementation="eager",
             local_files_only=True,
@@ -107,7 +126,7 @@ def load_torch_model(folder: str | Path, *, device: str = "cpu") -> Any:
         )
     except (OSError, ValueError, ImportError) as cause:
         raise CheckpointError(f"{folder}: transformers cannot read it: {cause}") from cause
-    return model.eval().to(device)
+    return model.eval()
 
 
 def _dequantize(config: Any) -> dict[str, Any]:
@@ -205,6 +224,27 @@ def trace_torch(
         hidden=hidden[0],
         logits=_rows(logits),
     )
+
+
+def greedy_torch(model: Any, tokens: Sequence[int] | np.ndarray, count: int) -> GreedyTokens:
+    """Continue one prompt with the most probable tokens.
+
+    Args:
+        model: as in :func:`trace_torch`.
+        tokens: the prompt.
+        count: tokens to generate.
+    """
+    import torch
+
+    device, cache, rows = model.device, None, []
+    inputs = torch.tensor([list(map(int, tokens))], device=device)
+    with torch.no_grad():
+        for _ in range(count):
+            out = model(input_ids=inputs, past_key_values=cache, use_cache=True)
+            cache = out.past_key_values
+            rows.append(_rows(out.logits[:, -1]))
+            inputs = out.logits[:, -1:].argmax(-1)
+    return GreedyTokens.of(np.concatenate(rows))
 
 
 _TAPS = ("moe_input", "router_logits", "experts", "weights", "moe_output")
