@@ -2,6 +2,7 @@
 
 from collections import Counter, defaultdict
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import pytest
@@ -441,3 +442,26 @@ def test_soak(llm: LLM) -> None:
         again = copy(one)
         run(Engine(llm.runner), [again])
         assert again.tokens == one.tokens
+
+
+@pytest.mark.gpu
+def test_an_unplanned_read_is_an_error_and_is_counted(
+    llm: LLM, engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a CPU, where results need no copy, JAX does not notice it."""
+    run_step = llm.runner.run
+
+    def run_and_look(*arguments: Any) -> Any:
+        out = run_step(*arguments)
+        np.asarray(out.tokens)
+        return out
+
+    with monkeypatch.context() as patched:
+        patched.setattr(llm.runner, "run", run_and_look)
+        engine.add(sequence([1, 2, 3]))
+        with pytest.raises(Exception, match="device-to-host"):
+            engine.step()
+    assert engine.unplanned_reads == 1
+    engine.scheduler.collect_ended()
+    run(engine, [sequence([1, 2, 3])])
+    assert engine.unplanned_reads == 1

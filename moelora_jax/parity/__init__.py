@@ -8,6 +8,7 @@ from moelora_jax.parity.comparison import (
     LayerErrors,
     compare,
     count_agreement,
+    logit_noise,
 )
 from moelora_jax.parity.torch_reference import (
     adapted,
@@ -30,6 +31,7 @@ __all__ = [
     "count_agreement",
     "greedy_torch",
     "load_torch_model",
+    "logit_noise",
     "require_torch",
     "run_torch_rows",
     "trace_torch",

@@ -103,6 +103,23 @@ class Agreement:
     different: int
 
 
+def logit_noise(traces: Sequence[Trace], references: Sequence[Trace]) -> float:
+    """What a dtype does to logits: at 99 of 100 positions all errors are at most this.
+
+    Not the largest one of all, because at a few positions rounding makes a token choose another
+    expert.
+
+    Args:
+        traces: of an implementation in the dtype.
+        references: of the same one in a finer dtype.
+    """
+    largest = [
+        np.abs(trace.logits - reference.logits).max(axis=-1)
+        for trace, reference in zip(traces, references, strict=True)
+    ]
+    return float(np.quantile(np.concatenate(largest), 0.99))
+
+
 def count_agreement(
     rows: Iterable[tuple[Sequence[int], GreedyTokens]], noise: float, *, generated: bool
 ) -> Agreement:
