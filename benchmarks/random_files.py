@@ -374,6 +374,51 @@ def write_shared_outer(folder: Path, config: ModelConfig, numbers: Numbers, *, r
     save_file(tensors, folder / "adapter_model.safetensors")
 
 
+def write_adapters(
+    folder: Path, family: ModelFamily, config: ModelConfig, *, count: int, rank: int, mixed: bool
+) -> None:
+    """Write adapters ``a00``, ``a01`` and so on; from the ninth on they are links to those before.
+
+    Args:
+        folder: where to.
+        family: of the model.
+        config: of the model.
+        count: how many.
+        rank: of all factors.
+        mixed: whether half of them change attention alone, a quarter experts alone.
+    """
+
+    def is_attention(site: LoraSite) -> bool:
+        return not site.optional and site.name.endswith(("q_proj", "k_proj", "v_proj", "o_proj"))
+
+    def write(number: int) -> None:
+        experts_only, attention_only = mixed and number % 4 == 1, mixed and number % 4 > 1
+        write_adapter(
+            folder / f"a{number:02}",
+            family,
+            config,
+            Numbers(1 + number),
+            rank=rank,
+            layout="per_expert" if experts_only else "peft_fused",
+            changes=lambda site: (
+                bool(site.num_experts)
+                if experts_only
+                else is_attention(site)
+                if attention_only
+                else not site.optional
+            ),
+        )
+
+    distinct = min(count, 8)
+    with ThreadPoolExecutor() as threads:
+        list(threads.map(write, range(distinct)))
+    for number in range(distinct, count):
+        link, original = folder / f"a{number:02}", folder / f"a{number % distinct:02}"
+        link.mkdir()
+        for file in original.iterdir():
+            (link / file.name).hardlink_to(file)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("folder", type=Path)
@@ -382,6 +427,9 @@ def main() -> None:
     parser.add_argument("--vocabulary", type=int)
     parser.add_argument("--adapters", type=int, default=4)
     parser.add_argument("--rank", type=int, default=16)
+    parser.add_argument(
+        "--mixed", action="store_true", help="some change experts or attention only"
+    )
     parser.add_argument("--tiny", action="store_true", help="tiny widths, for a CPU")
     options = parser.parse_args()
     raw = model_config(
@@ -391,18 +439,15 @@ def main() -> None:
     write_tokenizer(options.folder / "model")
     print(f"model: {size:,} bytes", flush=True)
     family = family_of(raw)
-    config = family.read_config(raw)
-    numbers = Numbers(1)
-    for number in range(options.adapters):
-        write_adapter(
-            options.folder / "adapters" / f"a{number}",
-            family,
-            config,
-            numbers,
-            rank=options.rank,
-            layout="peft_fused",
-        )
-    print(f"adapters: {options.adapters}")
+    write_adapters(
+        options.folder / "adapters",
+        family,
+        family.read_config(raw),
+        count=options.adapters,
+        rank=options.rank,
+        mixed=options.mixed,
+    )
+    print(f"adapters: {options.adapters}", flush=True)
 
 
 if __name__ == "__main__":
