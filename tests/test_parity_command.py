@@ -13,7 +13,16 @@ from moelora_jax import AdapterError, MoeLoraError
 from moelora_jax.cli.demo_files import ADAPTERS, MODEL_CONFIG, write_demo
 from moelora_jax.engine.trace import Trace
 from moelora_jax.models import convert_checkpoint
-from moelora_jax.parity import adapted, compare, load_torch_model, trace_torch
+from moelora_jax.parity import (
+    Agreement,
+    GreedyTokens,
+    adapted,
+    compare,
+    count_agreement,
+    load_torch_model,
+    logit_noise,
+    trace_torch,
+)
 from tests.test_cli import documented_command, error, fast_compilation, run
 
 __all__ = ["fast_compilation"]  # A fixture for all tests of a module.
@@ -41,13 +50,15 @@ def test_the_documented_command(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(folder.parent)
-    result = run(*documented_command("numerics.md", "parity"), "--json", tmp_path / "report.json")
+    command = documented_command("numerics.md", "parity")
+    result = run(*command, "--generate", 4, "--json", tmp_path / "report.json")
     assert result.exit_code == 0, result.output
     assert "within the tolerance: largest error of a logit" in result.stdout
     report = json.loads((tmp_path / "report.json").read_text())
     assert report["passed"] is True
     assert report["total"]["logits"] <= report["tolerance"] == 2e-5
     assert report["total"]["rows"] == sum(errors["rows"] for errors in report["adapters"]) == 6
+    assert report["generated"] == {"decided": 4 * 6, "different": 0}
     assert [errors["layer"] for errors in report["layers"]] == [0, 1, 2, 3]
     for errors in report["layers"]:
         assert errors["equal_choices"] == 1.0
@@ -55,12 +66,17 @@ def test_the_documented_command(
             assert 0 < errors[name] < RELATIVE
 
 
-def test_given_rows_and_bfloat16(folder: Path, options: list[object]) -> None:
+def test_given_rows_and_bfloat16(folder: Path, options: list[object], tmp_path: Path) -> None:
     # Rounding makes some tokens of a random model choose another expert, so log p is off by 0.3.
     command = ("parity", *options, "--input", folder / "rows.jsonl", "--dtype", "bfloat16")
-    result = run(*command, "--tolerance", 0.1)
+    report = tmp_path / "report.json"
+    result = run(*command, "--tolerance", 0.1, "--generate", 4, "--json", report)
     assert result.exit_code == 0, result.output
     assert "within the tolerance: 0.5·mean(Δ log p²)" in result.stdout
+    found = json.loads(report.read_text())
+    assert 0 < found["torch_in_dtype"]["total"]["log_probabilities"] < 0.1
+    assert found["next_tokens"]["decided"] > 0 == found["next_tokens"]["different"]
+    assert found["generated"]["different"] == 0
 
 
 def test_beyond_the_tolerance(folder: Path) -> None:
@@ -210,6 +226,25 @@ def test_log_probabilities_by_hand() -> None:
     change = np.log(2 / 7) - np.log(1 / 6)
     assert total.log_probabilities == pytest.approx(0.5 * change**2 / 2)
     assert total.logits == 100
+
+
+def test_tokens_are_compared_where_the_margin_decides() -> None:
+    reference = GreedyTokens.of(np.array([[0, 2, 1], [5, 1, 4.5], [0, 0, 3]], np.float32))
+    assert (reference.tokens, reference.margins) == ((1, 0, 2), (1, 0.5, 3))
+    # The second token is another, but hardly decided; what a generated row has behind it says
+    # nothing, while prompts go on as they are.
+    rows = [((1, 2, 0), reference)]
+    assert count_agreement(rows, 0.7, generated=False) == Agreement(decided=2, different=1)
+    assert count_agreement(rows, 0.7, generated=True) == Agreement(decided=1, different=0)
+    assert count_agreement(rows, 0.4, generated=True) == Agreement(decided=2, different=1)
+
+
+def test_the_noise_is_that_of_nearly_all_positions() -> None:
+    reference = made_trace(logits=np.zeros((200, 6), np.float32))
+    logits = np.zeros((200, 6), np.float32)
+    logits[:, 3] = -0.25
+    logits[7, 2] = 9  # one of 200 positions
+    assert logit_noise([replace(reference, logits=logits)], [reference]) == 0.25
 
 
 def test_adapters_are_told_apart_and_rows_must_be_the_same() -> None:
