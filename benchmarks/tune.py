@@ -10,6 +10,7 @@ that it has are skipped, so an interrupted run can be continued.
 import argparse
 import itertools
 import json
+import math
 import os
 import statistics
 import subprocess
@@ -29,7 +30,8 @@ import moelora_kernels
 from benchmarks.device import Device
 from benchmarks.workload import MODELS, Point, Workload, auto_adapters
 from moelora_kernels import backend, down, gate_up, shrink, sort_tokens
-from moelora_kernels.tuning.tiles import GemmTiles, MoeTiles, ShrinkTiles
+from moelora_kernels.expert_lora.mosaic import MAX_TILE_ROWS
+from moelora_kernels.tuning.tiles import GemmTiles, MoeTiles, MosaicTiles, ShrinkTiles
 
 FOLDER = Path(moelora_kernels.__file__).parent / "tuning"
 #: Layers in memory, so that no candidate finds the weights of the one before in the cache.
@@ -48,6 +50,19 @@ def tile_heights(rows_per_expert: float) -> list[int]:
     if rows_per_expert <= 48:
         return [32, 64]
     return [64, 128]
+
+
+def mosaic_heights(rows_per_expert: float) -> list[int]:
+    """Rows of a tile of Mosaic's kernels, where experts have many rows.
+
+    The rows of an expert make one tile, or a few of equal size, with room for the spread of a
+    random routing.
+    """
+    if rows_per_expert < 32 or getattr(jax.devices()[0], "compute_capability", None) != "9.0":
+        return []
+    most = rows_per_expert + 3 * rows_per_expert**0.5
+    fewest = math.ceil(most / MAX_TILE_ROWS)
+    return sorted({16 * math.ceil(most / tiles / 16) for tiles in (fewest, fewest + 1)})
 
 
 def gemm_candidates(tile_rows: int, halves: int, tokens: int) -> list[GemmTiles]:
@@ -93,18 +108,26 @@ class Run(NamedTuple):
     """One measurement: a shrink, or a product with or without LoRA."""
 
     op: str
-    tiles: ShrinkTiles | GemmTiles
+    tiles: ShrinkTiles | GemmTiles | MosaicTiles
     lora: bool
 
     @property
     def kernels(self) -> int:
         """Launches, of which the last is measured."""
-        return 2 if isinstance(self.tiles, GemmTiles) and self.lora and self.tiles.shrink else 1
+        product = not isinstance(self.tiles, ShrinkTiles)
+        return 2 if product and self.lora and self.tiles.shrink else 1
+
+    @property
+    def base(self) -> "Run":
+        """The same product without LoRA."""
+        if isinstance(self.tiles, GemmTiles):
+            return Run(self.op, replace(self.tiles, shrink=None), False)
+        return self._replace(lora=False)
 
 
 def measure_height(
-    work: Workload, tile_rows: int, device: Device
-) -> dict[str, list[tuple[float, float, GemmTiles]]]:
+    work: Workload, tile_rows: int, device: Device, *, mosaic: bool
+) -> dict[str, list[tuple[float, float, GemmTiles | MosaicTiles]]]:
     """Microseconds with LoRA and of the base model, and tiles, of every candidate."""
     point, config = work.point, work.point.config
     pairs, rows = point.tokens * config.top_k, point.tokens * config.top_k / config.num_experts
@@ -114,9 +137,14 @@ def measure_height(
     runs = []
     for op, halves in (("gate_up", 2), ("down", 1)):
         runs += [Run(op, tiles, True) for tiles in shrinks]
-        for tiles in gemm_candidates(tile_rows, halves, point.tokens):
-            runs += [Run(op, replace(tiles, shrink=form), True) for form in forms]
-            runs.append(Run(op, tiles, False))
+        if mosaic:
+            products = [Run(op, MosaicTiles(shrinks[0], order), True) for order in (8, 32)]
+        else:
+            candidates = gemm_candidates(tile_rows, halves, point.tokens)
+            products = [
+                Run(op, replace(tiles, shrink=form), True) for tiles in candidates for form in forms
+            ]
+        runs += products + list(dict.fromkeys(run.base for run in products))
 
     def program(state: Any, x: Any, params: Any, pages: Any, experts: Any, adapters: Any) -> Any:
         refs = jax.tree.map(jax.new_ref, state)
@@ -145,7 +173,8 @@ def measure_height(
                     gate_up(x, params.gate_up, sort, layer, top_k=config.top_k,
                             activation=config.activation, sites=(gate, up) if lora else None,
                             rank_activations=refs.gate_up_ranks, signals=refs.signals,
-                            tiles=tiles, out=refs.hidden, **common)  # fmt: skip
+                            sorted_x=refs.expert_out, tiles=tiles, out=refs.hidden,
+                            **common)  # fmt: skip
                 else:
                     down(refs.hidden, params.down, sort, layer, pairs=pairs, dtype=jnp.bfloat16,
                          site=last if lora else None, rank_activations=refs.down_ranks,
@@ -166,24 +195,39 @@ def measure_height(
     with device.alone():
         state = jax.block_until_ready(compiled(state, *arguments))
         durations = trace(lambda: jax.block_until_ready(compiled(state, *arguments)))
-    kernels = iter(
-        [us for name, us in durations if name.startswith(("shrink_", "gate_up", "down_"))]
-    )
+    kernels = iter(durations_of_launches(durations))
     times = {}
     for run in runs:
         layers = [[next(kernels) for _ in range(run.kernels)] for _ in range(LAYERS)]
         times[run] = statistics.median(launches[-1] for launches in layers)
     assert next(kernels, None) is None, "more launches than expected"
-    results: dict[str, list[tuple[float, float, GemmTiles]]] = {}
+    results: dict[str, list[tuple[float, float, GemmTiles | MosaicTiles]]] = {}
     for run, us in times.items():
         if isinstance(run.tiles, ShrinkTiles) or not run.lora:
             continue
-        tiles, base = run.tiles, times[Run(run.op, replace(run.tiles, shrink=None), False)]
+        tiles, base = run.tiles, times[run.base]
         if tiles.shrink:
             best = min(shrinks, key=lambda tiles: times[Run(run.op, tiles, True)])
             us, tiles = us + times[Run(run.op, best, True)], replace(tiles, shrink=best)
         results.setdefault(run.op, []).append((us, base, tiles))
     return results
+
+
+def durations_of_launches(kernels: Sequence[tuple[str, float]]) -> list[float]:
+    """Microseconds of the shrinks and products, in order.
+
+    A product includes what it alone needs: x in sorted order, and lists of LoRA steps.
+    """
+    durations, before = [], 0.0
+    for name, us in kernels:
+        if name.startswith("shrink_"):
+            durations.append(us)
+        elif name.startswith(("gate_up", "down_")):
+            durations.append(before + us)
+            before = 0.0
+        elif durations:  # Not the sort, which comes first.
+            before += us
+    return durations
 
 
 def trace(run: Any) -> list[tuple[str, float]]:
@@ -217,14 +261,15 @@ def tune_point(point: Point, device: Device) -> dict[str, Any]:
     rows = point.tokens * point.config.top_k / point.config.num_experts
     best: tuple[float, Any] = (float("inf"), None)
     report: dict[str, Any] = {}
-    for tile_rows in tile_heights(rows):
-        results = measure_height(work, tile_rows, device)
+    forms = [(height, False) for height in tile_heights(rows)]
+    for tile_rows, mosaic in forms + [(height, True) for height in mosaic_heights(rows)]:
+        results = measure_height(work, tile_rows, device, mosaic=mosaic)
         chosen = {
             op: min(found, key=lambda result: result[0] + result[1])
             for op, found in results.items()
         }
         total = sum(lora + base for lora, base, _ in chosen.values())
-        report[str(tile_rows)] = {
+        report[f"{'mosaic ' * mosaic}{tile_rows}"] = {
             op: [
                 [round(lora, 2), round(base, 2), str(tiles)]
                 for lora, base, tiles in sorted(found, key=lambda result: result[0] + result[1])
