@@ -240,6 +240,11 @@ class ModelConfig:
         """Width of a value head."""
         return self.head_dim if self.latent is None else self.latent.value_dim
 
+    @property
+    def rotated_features(self) -> int:
+        """Features of a query or key that positions rotate."""
+        return self.head_dim if self.latent is None else self.latent.rope_dim
+
     def attention_projections(self) -> tuple[Projection, ...]:
         """The linear maps of attention, in the order in which they are applied."""
         hidden, bias = self.hidden_size, self.attention_bias

@@ -1,6 +1,5 @@
 """One MoE layer with LoRA, built from the kernels: a function, and a flax module for research."""
 
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -16,11 +15,14 @@ from moelora_kernels import (
     SIGNALS,
     Buffer,
     ExpertPages,
+    LinearMap,
+    SitePages,
     TokenSort,
     combine,
     down,
     fused_experts,
     gate_up,
+    linear_lora,
     route,
     sort_tokens,
     token_sort_shapes,
@@ -112,29 +114,16 @@ def moe_workspace_shapes(
     )
 
 
-def linear(
-    x: Float[Array, "tokens in"], weight: Float[Array, "out in"], *, dtype: DTypeLike | None = None
-) -> Float[Array, "tokens out"]:
-    """``x · weightᵀ``, accumulated in float32 and rounded once.
-
-    Args:
-        x: in the compute dtype.
-        weight: in the compute dtype.
-        dtype: of the result; that of ``x`` unless given.
-    """
-    # A GPU would round float32 operands to TF32, which has the precision of float16.
-    precision = lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
-    y = jnp.einsum("ti,oi->to", x, weight, precision=precision, preferred_element_type=jnp.float32)
-    return y.astype(dtype or x.dtype)
-
-
 def moe_router(
     x: Float[Array, "tokens hidden"],
     params: MoeParams,
     layer: Int32[Array, ""],
     config: MoeConfig,
     *,
-    add_lora: Callable[[Array], Array] | None = None,
+    pages: SitePages | None = None,
+    sort: TokenSort | None = None,
+    sort_tile_rows: int = 0,
+    signals: Buffer | None = None,
     implementation: Implementation | None = None,
 ) -> tuple[
     Float[Array, "tokens experts"], Int32[Array, "tokens top_k"], Float[Array, "tokens top_k"]
@@ -146,17 +135,26 @@ def moe_router(
         params: stacked weights.
         layer: which of the stacked layers.
         config: the layer's description.
-        add_lora: adds what adapters change to the float32 logits; None leaves them as they are.
+        pages: of the router's own site; None where adapters do not change it.
+        sort: tokens sorted by adapter; with the two below as in
+            :func:`moelora_kernels.linear_lora`. Only with ``pages``.
+        sort_tile_rows: what the sort was made with.
+        signals: counters.
         implementation: of all kernels; None chooses by the default device.
 
     Returns:
         Float32 logits, then as :func:`moelora_kernels.route`.
     """
-    logits = linear(x, params.router[layer], dtype=jnp.float32)
-    if params.router_bias is not None:
-        logits = logits + params.router_bias[layer].astype(jnp.float32)
-    if add_lora is not None:
-        logits = add_lora(logits)
+    logits = linear_lora(
+        x,
+        [LinearMap(params.router, params.router_bias, pages)],
+        layer,
+        sort=None if pages is None else sort,
+        tile_rows=sort_tile_rows,
+        signals=signals,
+        dtype=jnp.float32,
+        implementation=implementation,
+    )
     # Programs with and without adapters must round the same from here on, so XLA may not fuse what
     # made the logits with what follows.
     logits = lax.optimization_barrier(logits)

@@ -11,7 +11,8 @@ from flax import nnx
 from moelora_jax import LLM, BucketConfig, CacheConfig, CheckpointError, Prompt, RuntimeConfig
 from moelora_jax.config import RopeConfig
 from moelora_jax.models import FAMILIES, convert_checkpoint, family_of, load_model, model_arrays
-from moelora_jax.models.layers import rms_norm, rope_frequencies, rotate
+from moelora_jax.models.layers import rope_frequencies, rotation
+from moelora_kernels import rms_norm, rotate
 from moelora_jax.models.qwen3_moe import read_model_config
 
 RUNTIME = RuntimeConfig(
@@ -175,7 +176,7 @@ def test_rms_norm_and_rotation_against_float64() -> None:
     halves = x[..., :4] + 1j * x[..., 4:].astype(np.complex128)
     angle = positions[:, None, None] * 10000.0 ** (-np.arange(4) / 4)
     turned = halves * np.exp(1j * angle)
-    rotated = rotate(jnp.asarray(x), jnp.asarray(positions), RopeConfig())
+    rotated = rotate(jnp.asarray(x), *rotation(jnp.asarray(positions), RopeConfig(), x.shape[-1]))
     # An angle of 5,000 has a float32 spacing of 5e-4.
     np.testing.assert_allclose(
         rotated, np.concatenate([turned.real, turned.imag], -1), rtol=0, atol=2e-3

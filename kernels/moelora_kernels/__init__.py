@@ -9,6 +9,11 @@ from moelora_kernels.combine.api import combine
 from moelora_kernels.dense_lora.api import dense_lora, embedding_lora
 from moelora_kernels.expert_lora.api import down, gate_up, shrink
 from moelora_kernels.fused_experts.api import fused_experts
+from moelora_kernels.heads.api import prepare_heads
+from moelora_kernels.heads.reference import rotate
+from moelora_kernels.linear.api import linear, linear_lora
+from moelora_kernels.norm.api import add_rms_norm
+from moelora_kernels.norm.reference import rms_norm
 from moelora_kernels.router.api import route
 from moelora_kernels.sort.api import sort_tokens, token_sort_shapes
 from moelora_kernels.types import (
@@ -18,6 +23,7 @@ from moelora_kernels.types import (
     Buffer,
     ExpertGroups,
     ExpertPages,
+    LinearMap,
     SitePages,
     TokenSort,
 )
@@ -29,16 +35,23 @@ __all__ = [
     "Buffer",
     "ExpertGroups",
     "ExpertPages",
+    "LinearMap",
     "SitePages",
     "TokenSort",
+    "add_rms_norm",
     "combine",
     "dense_lora",
     "down",
     "embedding_lora",
     "fused_experts",
     "gate_up",
+    "linear",
+    "linear_lora",
     "paged_attention",
+    "prepare_heads",
     "query_tiles",
+    "rms_norm",
+    "rotate",
     "route",
     "shrink",
     "sort_tokens",

@@ -64,6 +64,20 @@ class ExpertPages(NamedTuple):
     down: SitePages
 
 
+class LinearMap(NamedTuple):
+    """A linear map of every layer, and what adapters change of it.
+
+    Attributes:
+        weight: ``[layers, out, in]`` in the compute dtype.
+        bias: ``[layers, out]``; None for none.
+        pages: of its site, whose table has one expert; None where adapters change nothing.
+    """
+
+    weight: Array
+    bias: Array | None = None
+    pages: SitePages | None = None
+
+
 class TokenSort(NamedTuple):
     """Pairs (token, choice) grouped by expert, and within an expert by adapter.
 

@@ -7,7 +7,9 @@ names of their tensors.
 
 from collections.abc import Iterator, Sequence
 from itertools import groupby
+from typing import Any
 
+import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax import Array, lax
@@ -27,12 +29,10 @@ from moelora_jax.models.layers import (
     Taps,
     prepare_step,
     random_param,
-    rms_norm,
     sort_by_adapter,
 )
-from moelora_jax.moe import linear
 from moelora_jax.workspace import DENSE_TILE_ROWS, KVCache, Workspace
-from moelora_kernels import dense_lora, embedding_lora
+from moelora_kernels import Buffer, add_rms_norm, dense_lora, embedding_lora, linear, rms_norm
 
 #: What the tensors of a layer are called.
 LAYER = "model.layers.{layer}."
@@ -88,7 +88,7 @@ class Decoder(nnx.Module):
             pages: resident adapters by site; None runs the base model.
             taps: references that the MoE layers write what they compute to; None for none.
         """
-        step = prepare_step(batch, cache, workspace, pages, taps)
+        step = prepare_step(self.config, batch, cache, workspace, pages, taps)
         x = self.embedding[batch.tokens]
         if pages and "embed_tokens" in pages and step.adapter_sort is not None:
             x = embedding_lora(
@@ -98,6 +98,8 @@ class Decoder(nnx.Module):
                 step.adapter_sort,
                 tile_rows=DENSE_TILE_ROWS,
             )
+        # What the second half of a layer adds; the next layer begins with the sum.
+        delta: Any = jax.new_ref(jnp.zeros_like(x))
         # Equal layers in a row are one loop; most models are a single one.
         for is_moe, layers in groupby(range(self.config.num_layers), self._is_moe):
             members = list(layers)
@@ -105,11 +107,11 @@ class Decoder(nnx.Module):
                 members[0],
                 members[-1] + 1,
                 lambda layer, x, is_moe=is_moe, first=members[0]: self._layer(
-                    jnp.int32(layer), x, step, is_moe=is_moe, first=first
+                    jnp.int32(layer), x, delta, step, is_moe=is_moe, first=first
                 ),
                 x,
             )
-        return rms_norm(x, self.final_norm[...], self.config.norm_eps)
+        return rms_norm(x + delta[...], self.final_norm[...], self.config.norm_eps)
 
     def logits(
         self,
@@ -149,21 +151,26 @@ class Decoder(nnx.Module):
     def _is_moe(self, layer: int) -> bool:
         return layer in self.config.moe_layers
 
-    def _layer(self, layer: Array, x: Array, step: Step, *, is_moe: bool, first: int) -> Array:
+    def _layer(
+        self, layer: Array, x: Array, delta: Buffer, step: Step, *, is_moe: bool, first: int
+    ) -> Array:
         """One decoder layer of the run of equal layers that starts at layer ``first``."""
         epsilon = self.config.norm_eps
-        normed = rms_norm(x, self.attention_norm[layer], epsilon)
-        x = x + self.attention(normed, layer, step)
-        normed = rms_norm(x, self.feed_forward_norm[layer], epsilon)
+        x, normed = add_rms_norm(x, delta, self.attention_norm[...], layer, epsilon=epsilon)
+        attended = self.attention(normed, layer, step)
+        norm = self.feed_forward_norm[...]
+        x, normed = add_rms_norm(x, attended, norm, layer, epsilon=epsilon)
         if is_moe:
             assert self.experts is not None
             index = layer - first + self.config.moe_layers.index(first)
-            y = self.experts(normed, index, step)
+            self.experts(normed, index, step, delta)
             if self.shared_experts is not None:
-                y = y + self.shared_experts(normed, index, step)
-            return x + y
-        assert self.mlp is not None
-        return x + self.mlp(normed, layer - first + self.config.dense_layers.index(first), step)
+                delta[...] += self.shared_experts(normed, index, step)
+        else:
+            assert self.mlp is not None
+            index = layer - first + self.config.dense_layers.index(first)
+            delta[...] = self.mlp(normed, index, step)
+        return x
 
 
 def each_layer(shape: tuple[int, ...], name: str, layers: Sequence[int]) -> Parameter:

@@ -7,7 +7,8 @@ from jax.typing import DTypeLike
 from jaxtyping import Float
 
 from moelora_jax.config import ModelConfig
-from moelora_jax.models.layers import Step, attend, attention_projections, rms_norm, rotate
+from moelora_jax.models.layers import Step, attend, attention_projections
+from moelora_kernels import rms_norm, rotate, write_cache
 
 #: Added to the variance of latent vectors, as transformers does whatever ``rms_norm_eps`` says.
 LATENT_NORM_EPS = 1e-6
@@ -57,15 +58,17 @@ class LatentAttention(nnx.Module):
 
         plain_query, turned_query = jnp.split(query, [plain_dim], axis=-1)
         plain_key, value = jnp.split(expanded, [plain_dim], axis=-1)
-        turned_query = rotate(turned_query, step.batch.positions, config.rope)
-        turned_key = rotate(shared_key[:, None], step.batch.positions, config.rope)
+        interleaved = config.rope.interleaved
+        turned_query = rotate(turned_query, *step.rotation, interleaved=interleaved)
+        turned_key = rotate(shared_key[:, None], *step.rotation, interleaved=interleaved)
         turned_key = jnp.broadcast_to(turned_key, turned_query.shape)
 
+        key = jnp.concatenate([plain_key, turned_key], axis=-1)
+        for cache, values in zip(step.cache, (key, value), strict=True):
+            write_cache(cache, values, layer, step.block_of_token, step.offset_of_token)
         yarn = config.rope.yarn
         attended = attend(
             jnp.concatenate([plain_query, turned_query], axis=-1),
-            jnp.concatenate([plain_key, turned_key], axis=-1),
-            value,
             layer,
             step,
             scale=config.head_dim**-0.5 * (1.0 if yarn is None else yarn.score_factor),

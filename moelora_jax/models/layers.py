@@ -5,6 +5,7 @@ one loop over layers is the whole model.
 """
 
 import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax
@@ -17,18 +18,20 @@ from jaxtyping import Float, Int32
 
 from moelora_jax.buckets import Batch
 from moelora_jax.config import ModelConfig, RopeConfig
-from moelora_jax.moe import MoeParams, linear, moe_experts, moe_router
+from moelora_jax.moe import MoeParams, moe_experts, moe_router
 from moelora_jax.workspace import DENSE_TILE_ROWS, KVCache, Workspace
 from moelora_kernels import (
     Buffer,
     ExpertPages,
+    LinearMap,
     SitePages,
     TokenSort,
-    dense_lora,
+    linear_lora,
     paged_attention,
+    prepare_heads,
     query_tiles,
+    rms_norm,
     sort_tokens,
-    write_cache,
 )
 
 #: Page tables and pools of every enabled site, by site name.
@@ -66,6 +69,7 @@ class Step(NamedTuple):
         query_tile_rows: tokens of a full tile of that map.
         block_of_token: int32 ``[tokens]``, cache block that each token's keys go to.
         offset_of_token: int32 ``[tokens]``, position within that block.
+        rotation: float32 cosine and sine of the angle of each pair of features, of each token.
         taps: where MoE layers write what they compute; None, as in serving, writes nothing.
     """
 
@@ -78,10 +82,12 @@ class Step(NamedTuple):
     query_tile_rows: int
     block_of_token: Array
     offset_of_token: Array
+    rotation: tuple[Array, Array]
     taps: Taps | None
 
 
 def prepare_step(
+    config: ModelConfig,
     batch: Batch,
     cache: KVCache,
     workspace: Workspace,
@@ -91,6 +97,7 @@ def prepare_step(
     """Derive from a batch, once, what all layers use.
 
     Args:
+        config: the model.
         batch: the packed batch.
         cache: references to the KV cache.
         workspace: references to the workspaces.
@@ -117,6 +124,7 @@ def prepare_step(
         # Block 0 belongs to no sequence.
         block_of_token=jnp.where(real, block, 0),
         offset_of_token=batch.positions % block_size,
+        rotation=rotation(batch.positions, config.rope, config.rotated_features),
         taps=taps,
     )
 
@@ -146,56 +154,15 @@ def sort_by_adapter(
     )
 
 
-def add_lora(
-    y: Float[Array, "tokens out"],
-    x: Float[Array, "tokens in"],
-    site: str,
-    index: Array,
-    step: Step,
-) -> Array:
-    """The output ``y`` of a linear layer of input ``x`` with each token's adapter added.
-
-    Args:
-        y: the layer's output without adapters.
-        x: its input.
-        site: its name; without pages there, ``y`` is returned.
-        index: row of the site's page table.
-        step: the batch.
-    """
-    if step.pages is None or step.adapter_sort is None or site not in step.pages:
-        return y
-    pages = step.pages[site]
-    return dense_lora(x, y, pages, step.adapter_sort, index, tile_rows=DENSE_TILE_ROWS)
-
-
-def rms_norm(
-    x: Float[Array, "... width"], weight: Float[Array, " width"], epsilon: float
-) -> Float[Array, "... width"]:
-    """``weight · x / sqrt(mean(x²) + epsilon)``, normalised in float32."""
-    values = x.astype(jnp.float32)
-    variance = jnp.mean(jnp.square(values), axis=-1, keepdims=True)
-    return weight * (values * jax.lax.rsqrt(variance + epsilon)).astype(x.dtype)
-
-
-def rotate(
-    x: Float[Array, "tokens heads head_dim"], positions: Int32[Array, " tokens"], rope: RopeConfig
-) -> Float[Array, "tokens heads head_dim"]:
-    """Rotary position embedding, in float32.
-
-    The first features of all pairs come first in the result, interleaved or not: queries and keys
-    are reordered alike, which changes no score.
-    """
-    angle = positions.astype(jnp.float32)[:, None, None] * rope_frequencies(rope, x.shape[-1])
+def rotation(
+    positions: Int32[Array, " tokens"], rope: RopeConfig, width: int
+) -> tuple[Float[Array, "tokens half"], Float[Array, "tokens half"]]:
+    """Cosine and sine of the angle of each pair of ``width`` features, for :func:`rotate`."""
+    angle = positions.astype(jnp.float32)[:, None] * rope_frequencies(rope, width)
     cos, sin = jnp.cos(angle), jnp.sin(angle)
     if rope.yarn is not None:
         cos, sin = cos * rope.yarn.attention_factor, sin * rope.yarn.attention_factor
-    values = x.astype(jnp.float32)
-    if rope.interleaved:
-        first, second = values[..., 0::2], values[..., 1::2]
-    else:
-        first, second = jnp.split(values, 2, axis=-1)
-    rotated = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
-    return rotated.astype(x.dtype)
+    return cos, sin
 
 
 def rope_frequencies(rope: RopeConfig, width: int) -> np.ndarray:
@@ -244,10 +211,29 @@ class LinearStack(nnx.Module):
 
     def __call__(self, x: Float[Array, "tokens in"], layer: Array, step: Step) -> Array:
         """The layer's output with each token's adapter, ``[tokens, out]``."""
-        y = linear(x, self.weight[layer])
-        if self.bias is not None:
-            y = y + self.bias[layer]
-        return add_lora(y, x, self.site, layer, step)
+        return project(x, [self], layer, step)
+
+
+def project(
+    x: Float[Array, "tokens in"], maps: Sequence[LinearStack], layer: Array, step: Step
+) -> Float[Array, "tokens out"]:
+    """The outputs of linear layers of one input, with each token's adapter, side by side."""
+    linear_maps = [
+        LinearMap(
+            m.weight[...],
+            None if m.bias is None else m.bias[...],
+            None if step.pages is None else step.pages.get(m.site),
+        )
+        for m in maps
+    ]
+    return linear_lora(
+        x,
+        linear_maps,
+        layer,
+        sort=step.adapter_sort,
+        tile_rows=DENSE_TILE_ROWS,
+        signals=step.workspace.moe.signals,
+    )
 
 
 def attention_projections(
@@ -264,8 +250,6 @@ def attention_projections(
 
 def attend(
     query: Float[Array, "tokens heads head_dim"],
-    key: Float[Array, "tokens kv_heads head_dim"],
-    value: Float[Array, "tokens kv_heads value_dim"],
     layer: Array,
     step: Step,
     *,
@@ -273,12 +257,10 @@ def attend(
     window: Array | None = None,
     sinks: Array | None = None,
 ) -> Float[Array, "tokens out"]:
-    """Write keys and values to the cache, and attend to the cached positions, these included.
+    """Attend to the cached positions, those of this batch included.
 
     Args:
         query: of each token.
-        key: likewise.
-        value: likewise.
         layer: the model's layer index.
         step: the batch.
         scale: factor on the scores.
@@ -289,8 +271,6 @@ def attend(
         The heads of each token, one after another.
     """
     keys, values = step.cache
-    write_cache(keys, key, layer, step.block_of_token, step.offset_of_token)
-    write_cache(values, value, layer, step.block_of_token, step.offset_of_token)
     attended = paged_attention(
         query,
         keys,
@@ -338,13 +318,22 @@ class Attention(nnx.Module):
 
     def __call__(self, x: Float[Array, "tokens hidden"], layer: Array, step: Step) -> Array:
         """Attend to the cached positions, these tokens included; ``[tokens, hidden]``."""
-        config, positions = self.config, step.batch.positions
-        query = self._heads(self.q_proj(x, layer, step), self.q_norm, layer)
-        key = self._heads(self.k_proj(x, layer, step), self.k_norm, layer)
+        config = self.config
+        projected = project(x, [self.q_proj, self.k_proj, self.v_proj], layer, step)
+        in_head = config.qk_norm == "head"
+        query = prepare_heads(
+            projected if in_head else self._normalised(projected, layer),
+            *step.cache,
+            layer,
+            step.block_of_token,
+            step.offset_of_token,
+            *step.rotation,
+            query_norm=self.q_norm[...] if in_head and self.q_norm is not None else None,
+            key_norm=self.k_norm[...] if in_head and self.k_norm is not None else None,
+            epsilon=config.norm_eps,
+        )
         attended = attend(
-            rotate(query, positions, config.rope),
-            rotate(key, positions, config.rope),
-            self._heads(self.v_proj(x, layer, step), None, layer),
+            query,
             layer,
             step,
             scale=config.head_dim**-0.5,
@@ -353,16 +342,18 @@ class Attention(nnx.Module):
         )
         return self.o_proj(attended, layer, step)
 
-    def _heads(
-        self, y: Float[Array, "tokens out"], norm: nnx.Param[Array] | None, layer: Array
-    ) -> Float[Array, "tokens heads head_dim"]:
-        """The heads of a projection's output, normalised and clipped where the model does that."""
-        if norm is not None:
-            parts = y.reshape(y.shape[0], -1, norm.shape[-1])
-            y = rms_norm(parts, norm[layer], self.config.norm_eps)
-        if self.config.clip_qkv is not None:
-            y = jnp.clip(y, -self.config.clip_qkv, self.config.clip_qkv)
-        return y.reshape(y.shape[0], -1, self.config.head_dim)
+    def _normalised(self, projected: Array, layer: Array) -> Float[Array, "tokens features"]:
+        """Queries, keys and values where the model normalises whole projections, or clips."""
+        config = self.config
+        if self.q_norm is not None and self.k_norm is not None:
+            ends = [config.num_heads * config.head_dim, -config.num_kv_heads * config.head_dim]
+            query, key, value = jnp.split(projected, ends, axis=1)
+            query = rms_norm(query, self.q_norm[layer], config.norm_eps)
+            key = rms_norm(key, self.k_norm[layer], config.norm_eps)
+            projected = jnp.concatenate([query, key, value], axis=1)
+        if config.clip_qkv is None:
+            return projected
+        return jnp.clip(projected, -config.clip_qkv, config.clip_qkv)
 
     def _window(self, layer: Array) -> Int32[Array, ""] | None:
         """Positions that a token of this layer attends to; None if no layer has a limit."""
@@ -404,8 +395,8 @@ class GatedMlp(nnx.Module):
 
     def __call__(self, x: Float[Array, "tokens hidden"], index: Array, step: Step) -> Array:
         """The MLP of the ``index``-th layer that has it."""
-        gate = self.gate_proj(x, index, step)
-        hidden = jax.nn.silu(gate) * self.up_proj(x, index, step)
+        gate, up = jnp.split(project(x, [self.gate_proj, self.up_proj], index, step), 2, axis=1)
+        hidden = jax.nn.silu(gate) * up
         return self.down_proj(hidden, index, step)
 
 
@@ -440,8 +431,10 @@ class Experts(nnx.Module):
         self.down = random_param(rngs, (layers, experts, hidden, inner), dtype)
         self.down_bias = bias(config.moe.expert_bias, hidden)
 
-    def __call__(self, x: Float[Array, "tokens hidden"], index: Array, step: Step) -> Array:
-        """The ``index``-th MoE layer."""
+    def __call__(
+        self, x: Float[Array, "tokens hidden"], index: Array, step: Step, out: Buffer
+    ) -> None:
+        """The ``index``-th MoE layer, written to ``out``."""
         pages = None
         if step.pages and "gate_proj" in step.pages:
             pages = ExpertPages(
@@ -453,7 +446,10 @@ class Experts(nnx.Module):
             params,
             index,
             self.config,
-            add_lora=lambda logits: add_lora(logits, x, "router", index, step),
+            pages=None if step.pages is None else step.pages.get("router"),
+            sort=step.adapter_sort,
+            sort_tile_rows=DENSE_TILE_ROWS,
+            signals=step.workspace.moe.signals,
         )
         y = moe_experts(
             x,
@@ -466,12 +462,12 @@ class Experts(nnx.Module):
             adapter_of_token=None if pages is None else step.batch.adapter_of_token,
             pages=pages,
             workspace=step.workspace.moe,
+            out=out,
         )
         if step.taps is not None:
-            values = Taps(x, logits, experts, weights * self.config.routed_scaling, y)
+            values = Taps(x, logits, experts, weights * self.config.routed_scaling, y[...])
             for tap, value in zip(step.taps, values, strict=True):
                 tap[index] = value.astype(tap.dtype)
-        return y
 
     def _params(self) -> MoeParams:
         def values(param: nnx.Param[Array] | None) -> Array | None:

@@ -14,7 +14,17 @@ import torch
 
 from moelora_jax.config import MoeConfig
 from moelora_jax.moe import MoeParams, moe_experts, moe_workspace_shapes
-from moelora_kernels import ExpertGroups, dense_lora, embedding_lora, route, sort_tokens
+from moelora_kernels import (
+    SIGNALS,
+    ExpertGroups,
+    LinearMap,
+    dense_lora,
+    embedding_lora,
+    linear_lora,
+    prepare_heads,
+    route,
+    sort_tokens,
+)
 from moelora_kernels.tuning.tiles import GemmTiles, MoeTiles, ShrinkTiles
 from tests.kernels.cases import (
     LAYER,
@@ -42,7 +52,11 @@ def poison(shape: jax.ShapeDtypeStruct) -> torch.Tensor:
 def interpret(kernel: Any, inputs: Any, outputs: Any, refs: Any, how: Any, **constants: Any) -> Any:
     """What :func:`moelora_kernels.backend.launch` does, with torch tensors for memory."""
     tensors = [to_torch(ref[...]) for ref in refs] if refs else [poison(out) for out in outputs]
-    kernel[how.grid](*map(to_torch, inputs), *tensors, **constants)
+    given = [to_torch(value) for value in inputs]
+    kernel[how.grid](*given, *tensors, **constants)
+    for value, tensor in zip(inputs, given, strict=True):
+        if isinstance(value, jax.Ref):
+            value[...] = to_jax(tensor)
     if not refs:
         return tuple(map(to_jax, tensors))
     for ref, tensor in zip(refs, tensors, strict=True):
@@ -204,18 +218,115 @@ def check_dense(shape: Shape, dtype: str) -> None:
     print("dense", tuple(shape), dtype, flush=True)
 
 
+def check_linear(shape: Shape, dtype: str, num_maps: int) -> None:
+    """Maps of one input, of which the second has a bias and the third no pages."""
+    case = LayerCase(LayerSpec(shape, dtype=dtype, num_tokens=shape.tokens - 1, seed=4))  # type: ignore[arg-type]
+    rng = np.random.default_rng(0)
+
+    def weights(*sizes: int) -> jax.Array:
+        values = rng.normal(size=(2, *sizes)) * shape.hidden**-0.5
+        return case.cast(values.astype(np.float32))
+
+    out = shape.intermediate
+    pages = case.pages()
+    maps = (
+        LinearMap(weights(out, shape.hidden), None, pages.gate),
+        LinearMap(weights(out, shape.hidden), weights(out), pages.up),
+        LinearMap(weights(9, shape.hidden), weights(9), None),
+    )[:num_maps]
+    outputs = {}
+    signals = jax.new_ref(jnp.zeros(SIGNALS, jnp.int32))
+    for name in ("reference", "triton"):
+        for lora in (True, False):
+            sort = sort_tokens(
+                jnp.zeros((shape.tokens, 1), jnp.int32),
+                jnp.asarray(case.adapter_of_token),
+                case.device_num_tokens,
+                num_experts=1,
+                num_adapters=shape.adapters,
+                tile_rows=16,
+                implementation=name,  # type: ignore[arg-type]
+            )
+            outputs[name, lora] = np.asarray(
+                linear_lora(
+                    case.cast(case.x),
+                    maps,
+                    case.layer,
+                    sort=sort if lora else None,
+                    tile_rows=16,
+                    signals=signals,
+                    implementation=name,  # type: ignore[arg-type]
+                )
+            )
+    assert not np.asarray(signals[...]).any()
+    real = slice(0, case.num_tokens)
+    for lora in (True, False):
+        error = relative_error(
+            outputs["triton", lora][real], outputs["reference", lora][real].astype(np.float64)
+        )
+        assert error <= (1e-5 if dtype == "float32" else 2e-3), error
+    base = (case.adapter_of_token < 0) & (np.arange(shape.tokens) < case.num_tokens)
+    with_adapters, without = outputs["triton", True], outputs["triton", False]
+    assert with_adapters[base].tobytes() == without[base].tobytes()
+    assert (with_adapters[real] != without[real]).any()
+    print("linear", tuple(shape), dtype, num_maps, flush=True)
+
+
+def check_heads(heads: int, kv_heads: int, head_dim: int, norms: bool) -> None:
+    rng = np.random.default_rng(0)
+    tokens, layers, blocks, block_size = 5, 2, 4, 3
+
+    def normal(*sizes: int) -> jax.Array:
+        return jnp.asarray(rng.normal(size=sizes), jnp.float16)
+
+    projected = normal(tokens, (heads + 2 * kv_heads) * head_dim)
+    angle = rng.normal(size=(tokens, head_dim // 2)).astype(np.float32)
+    weights = [normal(layers, head_dim) if norms else None for _ in range(2)]
+    places = rng.permutation(blocks * block_size)[:tokens]
+    outputs = []
+    for name in ("reference", "triton"):
+        caches = [
+            jax.new_ref(jnp.full((layers, blocks, block_size, kv_heads, head_dim), 7, jnp.float16))
+            for _ in range(2)
+        ]
+        query = prepare_heads(
+            projected,
+            *caches,
+            LAYER,
+            jnp.asarray(places // block_size, jnp.int32),
+            jnp.asarray(places % block_size, jnp.int32),
+            jnp.cos(angle),
+            jnp.sin(angle),
+            query_norm=weights[0],
+            key_norm=weights[1],
+            epsilon=1e-6,
+            implementation=name,  # type: ignore[arg-type]
+        )
+        outputs.append([np.asarray(values[...]) for values in (query, *caches)])
+    for expected, actual in zip(*outputs, strict=True):
+        # Both round in the same places; sums in another order may change one of these.
+        np.testing.assert_allclose(actual, expected, rtol=2e-3, atol=2e-3)
+    assert (outputs[1][1][LAYER] != 7).any()
+    print("heads", heads, kv_heads, head_dim, norms, flush=True)
+
+
 def main() -> None:
     from moelora_kernels.combine import triton as combine
     from moelora_kernels.dense_lora import triton as dense
     from moelora_kernels.expert_lora import triton as expert_lora
     from moelora_kernels.fused_experts import triton as fused_experts
     from moelora_kernels.fused_experts import triton_one_token
+    from moelora_kernels.heads import triton as heads
+    from moelora_kernels.linear import triton as linear
     from moelora_kernels.router import triton as router
     from moelora_kernels.sort import triton as sort
 
-    for module in (combine, dense, expert_lora, fused_experts, router, sort, triton_one_token):
+    modules = (combine, dense, expert_lora, fused_experts, heads, linear, router, sort)
+    for module in (*modules, triton_one_token):
         module.launch = interpret  # type: ignore[attr-defined]
     check_route()
+    check_heads(6, 2, 20, norms=True)
+    check_heads(3, 3, 16, norms=False)
     check_sort()
     # The form for large batches, in blocks that a small one fills.
     sort.MAX_COUNTED_PAIRS, sort.BLOCK_PAIRS = 0, 128
@@ -228,6 +339,9 @@ def main() -> None:
     for shape in DENSE_SHAPES:
         check_dense(shape, "float32")
         check_dense(shape, "float16")
+        for num_maps in (1, 2, 3):
+            check_linear(shape, "float32", num_maps)
+        check_linear(shape, "float16", 3)
 
 
 if __name__ == "__main__":

@@ -25,6 +25,9 @@ SHARED_MEMORY = {
 }
 
 
+#: Processors of a large GPU, of which none should be idle.
+PROCESSORS = 132
+
 #: Pairs up to which a layer is one launch, by the rule.
 ONE_LAUNCH_PAIRS = 256
 
@@ -73,6 +76,27 @@ class GemmTiles:
     def from_json(cls, fields: dict[str, Any]) -> "GemmTiles":
         shrink = fields["shrink"]
         return cls(**fields | {"shrink": shrink and ShrinkTiles(**shrink)})
+
+
+@dataclass(frozen=True)
+class LinearTiles:
+    """Launch parameters of linear maps with few rows.
+
+    Attributes:
+        block_m: rows of a program.
+        block_n: output columns of a program.
+        block_k: summed columns of one step.
+        num_warps: warps per program.
+        num_stages: steps whose loads are in flight.
+        stack: pages of adapters that are multiplied at once.
+    """
+
+    block_m: int
+    block_n: int
+    block_k: int
+    num_warps: int
+    num_stages: int
+    stack: int = 4
 
 
 @dataclass(frozen=True)
@@ -197,6 +221,20 @@ def dense_tiles(tokens: int, width: int, dtype: DTypeLike) -> tuple[ShrinkTiles,
     # A dense layer has few rows of each adapter at a time, as an expert with them has.
     shrink = shrink_rule(tokens / 8, width, dtype)
     return shrink, GemmTiles(block_n=128, block_k=64, num_warps=4, num_stages=1)
+
+
+def linear_tiles(tokens: int, width: int, outputs: int, dtype: DTypeLike) -> LinearTiles:
+    """Tiles of linear maps of few rows, whose input has ``width`` columns and output ``outputs``."""
+    block_m = 16 if tokens <= 16 else 32 if tokens <= 32 else 64
+    if jnp.dtype(dtype) == jnp.float32:
+        return LinearTiles(min(block_m, 32), 32, 32, num_warps=4, num_stages=2)
+    # Narrow blocks, so that all processors read; rows are read again for each, from the L2 cache.
+    block_n, block_k = (16, 256) if block_m < 64 else (32, 128)
+    programs = -(-outputs // block_n) * -(-tokens // block_m)
+    capability = getattr(jax.devices()[0], "compute_capability", "9.0")
+    room = SHARED_MEMORY.get(capability, min(SHARED_MEMORY.values())) // -(-programs // PROCESSORS)
+    stages = max(2, min(6, room // (2 * block_k * (block_m + block_n))))
+    return LinearTiles(block_m, block_n, block_k, 4, stages, stack=4 if block_m == 16 else 8)
 
 
 @functools.cache

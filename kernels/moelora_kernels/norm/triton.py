@@ -1,0 +1,57 @@
+"""Residual sum and RMS norm in Triton, one token per program."""
+
+import jax
+import triton
+import triton.language as tl
+from jax import Array
+
+from moelora_kernels.backend import Launch, launch, scalar
+from moelora_kernels.types import Buffer
+
+
+def add_rms_norm(
+    x: Array, delta: Buffer, weight: Array, layer: Array, epsilon: float
+) -> tuple[Array, Array]:
+    """See :func:`moelora_kernels.add_rms_norm`."""
+    tokens, width = x.shape
+    block = triton.next_power_of_2(width)
+    shape = jax.ShapeDtypeStruct(x.shape, x.dtype)
+    total, normed = launch(
+        add_and_normalise,
+        (x, delta, weight, scalar(layer)),
+        [shape, shape],
+        None,
+        Launch((tokens,), num_warps=min(8, max(1, block // 256))),
+        WIDTH=width,
+        BLOCK=block,
+        EPSILON=float(epsilon),
+    )
+    return total, normed
+
+
+@triton.jit
+def add_and_normalise(
+    x_ptr,
+    delta_ptr,
+    weight_ptr,
+    layer_ptr,
+    total_ptr,
+    normed_ptr,
+    WIDTH: tl.constexpr,
+    BLOCK: tl.constexpr,
+    EPSILON: tl.constexpr,
+):
+    """Rounds where the reference rounds."""
+    column = tl.arange(0, BLOCK)
+    inside = column < WIDTH
+    at = tl.program_id(0).to(tl.int64) * WIDTH + column
+    dtype: tl.constexpr = x_ptr.dtype.element_ty
+    weight = tl.load(weight_ptr + tl.load(layer_ptr) * WIDTH + column, mask=inside, other=0.0)
+    total = tl.load(x_ptr + at, mask=inside, other=0.0).to(tl.float32)
+    total += tl.load(delta_ptr + at, mask=inside, other=0.0).to(tl.float32)
+    rounded = total.to(dtype)
+    tl.store(total_ptr + at, rounded, mask=inside)
+    values = rounded.to(tl.float32)
+    scale = tl.rsqrt(tl.sum(values * values, 0) / WIDTH + EPSILON)
+    normed = (values * scale).to(dtype).to(tl.float32) * weight.to(tl.float32)
+    tl.store(normed_ptr + at, normed.to(dtype), mask=inside)
