@@ -34,7 +34,14 @@ from flax import nnx
 from benchmarks.workload import PEAK_BYTES
 from moelora_jax import LLM, BucketConfig, CacheConfig, LoraConfig, Prompt, RuntimeConfig
 from moelora_jax.adapters.adapter import Adapter, LowRankUpdate, Target
-from moelora_jax.buckets import Batch, ProgramKey, Programs, program_keys, use_compilation_cache
+from moelora_jax.buckets import (
+    Batch,
+    Kind,
+    ProgramKey,
+    Programs,
+    program_keys,
+    use_compilation_cache,
+)
 from moelora_jax.config import Bucket, ModelConfig
 from moelora_jax.engine.sequence import Sequence
 from moelora_jax.models import ModelFamily, build_model, family_of
@@ -283,6 +290,14 @@ class Measurements:
         key = ProgramKey("decode", Bucket(size, size), lora)
         return self._run(key, self.position, [1] * size)
 
+    def generate(self, report: Report) -> None:
+        """A mixed batch, twice as many sequences as adapters."""
+        rng = np.random.default_rng(0)
+        vocabulary = self.llm.config.vocab_size
+        prompts = [Prompt(rng.integers(vocabulary, size=64), n) for n in [None, *self.names]]
+        completions = self.llm.generate(prompts * 2, max_new_tokens=16, stop_tokens=())
+        report["generated_tokens"] = sum(len(completion.tokens) for completion in completions)
+
     def decode(self, report: Report) -> None:
         """Decode steps."""
         for size in self.sizes:
@@ -384,7 +399,11 @@ def print_kernels(report: Report, name: str, kernels: dict[str, tuple[float, flo
 
 def new_llm(options: argparse.Namespace) -> LLM:
     """The model, sized for what is measured."""
-    raw = MODELS[options.model]
+    raw = dict(MODELS[options.model])
+    if options.layers:
+        raw["num_hidden_layers"] = options.layers
+        if "layer_types" in raw:
+            raw["layer_types"] = raw["layer_types"][: options.layers]
     family = family_of(raw)
     config = family.read_config(raw)
 
@@ -416,12 +435,13 @@ def load_adapters(llm: LLM, names: list[str], rank: int, report: Report) -> None
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", default="qwen3-30b-a3b", choices=MODELS)
+    parser.add_argument("--layers", type=int, help="fewer than the model has, for a quick look")
     parser.add_argument("--adapters", type=int, default=16)
     parser.add_argument("--rank", type=int, default=16)
     parser.add_argument("--sequences", default="1,8,32,64,128", help="of the decode steps")
     parser.add_argument("--prefill", default="512,4096", help="tokens of the prefill steps")
     parser.add_argument("--position", type=int, default=512, help="of the tokens that are decoded")
-    parser.add_argument("--parts", default="decode,kernels,prefill,serve,warm_start")
+    parser.add_argument("--parts", default="generate,decode,kernels,prefill,serve,warm_start")
     parser.add_argument("--seconds", type=float, default=900, help="after which no part begins")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
@@ -434,17 +454,13 @@ def main() -> None:
         llm = new_llm(options)
         jax.block_until_ready(llm.runner.state)
         report.lap("make_model_s", start)
-        report["cold_start"] = str(llm.warm_up(progress=False))
+        parts = options.parts.split(",")
+        prefills = {"generate", "prefill", "serve", "warm_start"} & set(parts)
+        kinds: tuple[Kind, ...] = ("prefill", "decode") if prefills else ("decode",)
+        report["cold_start"] = str(llm.warm_up(kinds, progress=False))
         print(f"cold start: {report.values['cold_start']}", flush=True)
         names = [f"adapter{number}" for number in range(options.adapters)]
         load_adapters(llm, names, options.rank, report)
-
-        start = time.perf_counter()
-        rng = np.random.default_rng(0)
-        prompts = [Prompt(rng.integers(llm.config.vocab_size, size=64), n) for n in [None, *names]]
-        completions = llm.generate(prompts * 2, max_new_tokens=16, stop_tokens=())
-        report.lap("generate_s", start)
-        report["generated_tokens"] = sum(len(completion.tokens) for completion in completions)
 
         report["memory_plan"] = dict(llm.memory_plan()) | {"total": llm.memory_plan().total}
         memory = jax.devices()[0].memory_stats() or {}
@@ -454,7 +470,7 @@ def main() -> None:
         print(f"memory: plan {plan['total']:,} bytes, device {used}", flush=True)
 
         measurements = Measurements(llm, names, options.rank, options.position)
-        for part in options.parts.split(","):
+        for part in parts:
             start = time.perf_counter()
             if not report.has_time():
                 print(f"{part}: no time left", flush=True)

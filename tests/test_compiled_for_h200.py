@@ -70,6 +70,18 @@ def test_the_layers_of_a_decode_step_are_one_command_buffer(programs: dict[str, 
         assert program["body"] == ["CommandBuffer"]
 
 
+@pytest.mark.parametrize("name", ["decode lora", "decode base", "prefill lora"])
+def test_a_layer_copies_no_weights_and_has_few_launches(
+    programs: dict[str, Any], name: str
+) -> None:
+    """Two norms, q/k/v, heads, attention and its join, o, router, its choice, and the experts."""
+    launches = programs[name]["in_body"]
+    assert "Copy" not in launches
+    assert "DynamicSliceFusion" not in launches
+    # The last one counts the layers; a prompt's experts are four launches, and its shrinks two.
+    assert len(launches) <= (11 if name.startswith("decode") else 16)
+
+
 @pytest.mark.parametrize("name", ["prefill lora", "prefill everywhere", "prefill deepseek"])
 def test_the_layers_of_a_prefill_step_are_one_command_buffer(
     programs: dict[str, Any], name: str

@@ -12,8 +12,8 @@ from moelora_jax import LLM, BucketConfig, CacheConfig, CheckpointError, Prompt,
 from moelora_jax.config import RopeConfig
 from moelora_jax.models import FAMILIES, convert_checkpoint, family_of, load_model, model_arrays
 from moelora_jax.models.layers import rope_frequencies, rotation
-from moelora_kernels import rms_norm, rotate
 from moelora_jax.models.qwen3_moe import read_model_config
+from moelora_kernels import rms_norm, rotate
 
 RUNTIME = RuntimeConfig(
     buckets=BucketConfig(decode=(4,), prefill=(32,)), cache=CacheConfig(max_length=32)

@@ -4,6 +4,7 @@ Triton decides at import whether kernels are interpreted, so ``TRITON_INTERPRET=
 outside. Launches are replaced by calls on torch tensors; everything else is what runs on a GPU.
 """
 
+import itertools
 from dataclasses import replace
 from typing import Any
 
@@ -25,7 +26,8 @@ from moelora_kernels import (
     route,
     sort_tokens,
 )
-from moelora_kernels.tuning.tiles import GemmTiles, MoeTiles, ShrinkTiles
+from moelora_kernels.linear import api as linear_api
+from moelora_kernels.tuning.tiles import GemmTiles, LinearTiles, MoeTiles, ShrinkTiles
 from tests.kernels.cases import (
     LAYER,
     LayerCase,
@@ -81,6 +83,10 @@ TILES = (
     MoeTiles(16, PRODUCTS, PRODUCTS),
     MoeTiles(16, *[replace(PRODUCTS, shrink=RUNS)] * 2),
 )
+
+
+#: One launch; a launch before shrinks.
+LINEAR_TILES = (LinearTiles(16, 16, 16, 1, 1), LinearTiles(32, 16, 32, 1, 1, shrink_rows=16))
 
 
 def layer(
@@ -218,8 +224,13 @@ def check_dense(shape: Shape, dtype: str) -> None:
     print("dense", tuple(shape), dtype, flush=True)
 
 
-def check_linear(shape: Shape, dtype: str, num_maps: int) -> None:
-    """Maps of one input, of which the second has a bias and the third no pages."""
+def check_linear(shape: Shape, dtype: str, num_maps: int, tiles: LinearTiles | None) -> None:
+    """Maps of one input, of which the second has a bias and the third no pages.
+
+    Without tiles the products are XLA's.
+    """
+    linear_api.MAX_ROWS = 0 if tiles is None else 1024
+    linear_api.linear_tiles = lambda *_: tiles or LINEAR_TILES[1]
     case = LayerCase(LayerSpec(shape, dtype=dtype, num_tokens=shape.tokens - 1, seed=4))  # type: ignore[arg-type]
     rng = np.random.default_rng(0)
 
@@ -269,7 +280,7 @@ def check_linear(shape: Shape, dtype: str, num_maps: int) -> None:
     with_adapters, without = outputs["triton", True], outputs["triton", False]
     assert with_adapters[base].tobytes() == without[base].tobytes()
     assert (with_adapters[real] != without[real]).any()
-    print("linear", tuple(shape), dtype, num_maps, flush=True)
+    print("linear", tuple(shape), dtype, num_maps, tiles, flush=True)
 
 
 def check_heads(heads: int, kv_heads: int, head_dim: int, norms: bool) -> None:
@@ -339,9 +350,9 @@ def main() -> None:
     for shape in DENSE_SHAPES:
         check_dense(shape, "float32")
         check_dense(shape, "float16")
-        for num_maps in (1, 2, 3):
-            check_linear(shape, "float32", num_maps)
-        check_linear(shape, "float16", 3)
+        for tiles, num_maps in itertools.product((*LINEAR_TILES, None), (1, 3)):
+            check_linear(shape, "float32", num_maps, tiles)
+        check_linear(shape, "float16", 2, LINEAR_TILES[0])
 
 
 if __name__ == "__main__":

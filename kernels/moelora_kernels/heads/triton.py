@@ -1,4 +1,4 @@
-"""Norms, rotation and the cache in Triton: one launch, whose programs have some heads of a token."""
+"""Norms, rotation and the cache in Triton: one launch, a program for some heads of a token."""
 
 import jax
 import triton
@@ -96,15 +96,11 @@ def prepare_group(
             )
             out_ptrs = key_ptr + row * (KV_HEADS * HEAD_DIM) + feature
             tl.store(out_ptrs, first.to(key_ptr.dtype.element_ty), mask=exists)
-            tl.store(
-                out_ptrs + HEAD_DIM // 2, second.to(key_ptr.dtype.element_ty), mask=exists
-            )
+            tl.store(out_ptrs + HEAD_DIM // 2, second.to(key_ptr.dtype.element_ty), mask=exists)
         else:
             out_ptrs = value_ptr + row * (KV_HEADS * HEAD_DIM) + feature
             tl.store(out_ptrs, first.to(value_ptr.dtype.element_ty), mask=exists)
-            tl.store(
-                out_ptrs + HEAD_DIM // 2, second.to(value_ptr.dtype.element_ty), mask=exists
-            )
+            tl.store(out_ptrs + HEAD_DIM // 2, second.to(value_ptr.dtype.element_ty), mask=exists)
 
 
 @triton.jit

@@ -8,12 +8,12 @@ from jax.typing import DTypeLike
 from jaxtyping import Float, Int32
 
 from moelora_kernels.backend import Implementation, choose
-from moelora_kernels.dense_lora.api import dense_lora
+from moelora_kernels.dense_lora.reference import dense_lora
 from moelora_kernels.tuning.tiles import linear_tiles
 from moelora_kernels.types import Buffer, LinearMap, TokenSort
 
-#: Rows up to which reading the weights takes most of the time, so that one launch is best.
-MAX_ROWS = 128
+#: Rows up to which Triton's products are used: XLA's are faster, but copy weights and rank sums.
+MAX_ROWS = 1024
 
 
 def linear_lora(
@@ -27,11 +27,10 @@ def linear_lora(
     dtype: DTypeLike | None = None,
     implementation: Implementation | None = None,
 ) -> Float[Array, "tokens out"]:
-    """Linear maps of one input, each token with its own adapter: ``W · x + bias + s · B · (A · x)``.
+    """Linear maps of one input, each token with its adapter: ``W · x + bias + s · B · (A · x)``.
 
-    In Triton up to ``MAX_ROWS`` tokens are one launch for all maps: the weights are read where they
-    are in the stack, and the first programs shrink while the others read weights. More tokens are
-    one product of XLA's for each map, and :func:`moelora_kernels.dense_lora`.
+    In Triton all maps are one launch, or with more tokens two, which read the weights where they
+    are in the stack. More than ``MAX_ROWS`` tokens are products of XLA's, with LoRA added in place.
 
     Args:
         x: in the compute dtype.
@@ -49,22 +48,31 @@ def linear_lora(
         without; rows of padding are not defined.
     """
     dtype = jnp.dtype(dtype or x.dtype)
-    implementation = choose(implementation)
-    if implementation == "triton" and len(x) <= MAX_ROWS:
+    if choose(implementation) == "triton":
         from moelora_kernels.linear import triton
 
         outputs = sum(m.weight.shape[1] for m in maps)
-        tiles = linear_tiles(len(x), x.shape[1], outputs, x.dtype)
-        return triton.linear_lora(x, maps, layer, sort, signals, dtype, tiles)
-    results = []
-    for weight, bias, pages in maps:
-        y = linear(x, weight[layer], None if bias is None else bias[layer], dtype=dtype)
-        if sort is not None and pages is not None:
-            y = dense_lora(
-                x, y, pages, sort, layer, tile_rows=tile_rows, implementation=implementation
-            )
-        results.append(y)
-    return results[0] if len(results) == 1 else jnp.concatenate(results, axis=1)
+        tiles = linear_tiles(len(x), outputs, x.dtype)
+        if len(x) <= MAX_ROWS:
+            return triton.linear_lora(x, maps, layer, sort, signals, dtype, tiles)
+        # One copy from the stacks, and one product whose results lie side by side.
+        weight = jnp.concatenate([m.weight[layer] for m in maps])
+        biases = [
+            jnp.zeros(m.weight.shape[1], x.dtype) if m.bias is None else m.bias[layer] for m in maps
+        ]
+        bias = None if all(m.bias is None for m in maps) else jnp.concatenate(biases)
+        y = linear(x, weight, bias, dtype=dtype)
+        return y if sort is None else triton.add_lora(x, y, maps, layer, sort, tiles)
+    products = [
+        linear(x, weight[layer], None if bias is None else bias[layer], dtype=dtype)
+        for weight, bias, _ in maps
+    ]
+    if sort is not None:
+        products = [
+            y if m.pages is None else dense_lora(x, y, m.pages, sort, layer, tile_rows)
+            for y, m in zip(products, maps, strict=True)
+        ]
+    return products[0] if len(products) == 1 else jnp.concatenate(products, axis=1)
 
 
 def linear(

@@ -1,9 +1,10 @@
-"""Linear maps with LoRA for few rows in Triton: one launch that reads the stacked weights in place.
+"""Linear maps with LoRA in Triton, whose weights are read where they are in the stack.
 
-The first programs shrink, one row for one map each. The others have some columns of one map, and
-read weights meanwhile; they wait for the rank activations only when their sums are complete, as
-:mod:`moelora_kernels.expert_lora.triton` says. Rows are in the order of the sort, so that the rows
-of an adapter lie together.
+With few rows all is one launch. The first programs shrink, one row for one map each. The others
+have some columns of one map, and read weights meanwhile; they wait for the rank activations only
+when their sums are complete, as :mod:`moelora_kernels.expert_lora.triton` says. With more rows a
+launch before shrinks tiles of rows on the tensor cores. Rows are in the order of the sort, so that
+the rows of an adapter lie together.
 """
 
 from collections.abc import Sequence
@@ -31,10 +32,12 @@ from moelora_kernels.expert_lora.triton import (
     wait_for,
 )
 from moelora_kernels.tuning.tiles import LinearTiles
-from moelora_kernels.types import PAGE_ROWS, SIGNALS, Buffer, LinearMap, TokenSort
+from moelora_kernels.types import PAGE_ROWS, SIGNALS, Buffer, LinearMap, SitePages, TokenSort
 
 #: Maps that one launch has parameters for.
 MAX_MAPS = 3
+#: Programs that share the adapters of a tile of rows when a launch of its own shrinks.
+SHARED_BY = 4
 
 
 def linear_lora(
@@ -47,47 +50,130 @@ def linear_lora(
     tiles: LinearTiles,
 ) -> Array:
     """See :func:`moelora_kernels.linear_lora`."""
+    sites = _sites(maps, sort)
+    y = jax.ShapeDtypeStruct((len(x), sum(m.weight.shape[1] for m in maps)), dtype)
+    if not sites:
+        return _launch(x, maps, layer, None, [None, None], [y], tiles, dtype)[0]
+    if tiles.shrink_rows:
+        z = shrink(x, maps, layer, sort, tiles)
+        return _launch(x, maps, layer, sort, [None, z], [y], tiles, dtype)[0]
+    # The rank activations are an output, too.
+    ranks = jax.ShapeDtypeStruct((len(maps), len(x), sites[0].max_rank), x.dtype)
+    counters = given_or_new(signals, SIGNALS, jnp.int32)
+    return _launch(x, maps, layer, sort, [counters], [ranks, y], tiles, dtype, shrinks=True)[1]
+
+
+def add_lora(
+    x: Array,
+    y: Array,
+    maps: Sequence[LinearMap],
+    layer: Array,
+    sort: TokenSort,
+    tiles: LinearTiles,
+) -> Array:
+    """``y``, which is what the maps make of ``x``, with LoRA: a shrink and an expand."""
+    if not _sites(maps, sort):
+        return y
+    z = shrink(x, maps, layer, sort, tiles)
+    # XLA makes no copy here where nothing else reads the products.
+    total: Any = jax.new_ref(y)
+    _launch(x, maps, layer, sort, [None, z], [total], tiles, y.dtype, multiply=False)
+    return jax.freeze(total)
+
+
+def shrink(
+    x: Array, maps: Sequence[LinearMap], layer: Array, sort: TokenSort | None, tiles: LinearTiles
+) -> Array:
+    """Rank activations ``[maps, tokens, max_rank]`` of sorted rows, of those with an adapter."""
+    assert sort is not None
+    tokens, width = x.shape
+    (site, *_) = _sites(maps, sort)
+    _, _, adapters, max_pages, _ = site.table.shape
+    factors: list[Any] = []
+    for m in maps:
+        factors += (
+            [None] * 3 if m.pages is None else [m.pages.a_pool, m.pages.table, m.pages.scaling]
+        )
+    factors += [None] * (3 * (MAX_MAPS - len(maps)))
+    row_tiles = triton.cdiv(tokens, tiles.shrink_rows)
+    (z,) = launch(
+        shrink_tiles,
+        (x, scalar(layer), sort.order, sort.group_of_row, *factors),
+        [jax.ShapeDtypeStruct((len(maps), tokens, site.max_rank), x.dtype)],
+        None,
+        Launch((row_tiles * SHARED_BY, max_pages, len(maps)), num_warps=4, num_stages=3),
+        WIDTH=width,
+        TOKENS=tokens,
+        NUM_ADAPTERS=adapters,
+        MAX_PAGES=max_pages,
+        PAGE_ROWS=PAGE_ROWS,
+        Z_COLUMNS=site.max_rank,
+        SHARED_BY=SHARED_BY,
+        BLOCK_M=tiles.shrink_rows,
+        BLOCK_K=min(256, max(triton.next_power_of_2(width), 16)),
+        PRECISION=precision(x.dtype),
+    )
+    return z
+
+
+def _sites(maps: Sequence[LinearMap], sort: TokenSort | None) -> list[SitePages]:
+    """Pages of the maps that adapters change, if any do."""
     if len(maps) > MAX_MAPS:
         raise ValueError(f"at most {MAX_MAPS} maps can share a launch, not {len(maps)}")
+    return [] if sort is None else [m.pages for m in maps if m.pages is not None]
+
+
+def _launch(
+    x: Array,
+    maps: Sequence[LinearMap],
+    layer: Array,
+    sort: TokenSort | None,
+    last: list[Any],
+    outputs: list[Any],
+    tiles: LinearTiles,
+    dtype: jnp.dtype,
+    *,
+    shrinks: bool = False,
+    multiply: bool = True,
+) -> tuple[Buffer, ...]:
+    """Launch :func:`linear_tiles`, whose last inputs and outputs together are signals, z and y."""
     tokens, width = x.shape
     widths = [m.weight.shape[1] for m in maps]
-    y = jax.ShapeDtypeStruct((tokens, sum(widths)), dtype)
     pointers: list[Any] = []
     for weight, bias, pages in maps:
-        pointers += [weight, bias, *((None,) * 4 if sort is None or pages is None else pages)]
+        pointers += [weight, bias] if multiply else [None, None]
+        pointers += [None] * 4 if sort is None or pages is None else list(pages)
     missing = MAX_MAPS - len(maps)
     pointers += [None] * (6 * missing)
-    sites = [m.pages for m in maps if m.pages is not None and sort is not None]
+    producers = tokens * len(maps) if shrinks else 0
+    row_tiles = triton.cdiv(tokens, tiles.block_m)
+    programs = row_tiles * sum(triton.cdiv(out, tiles.block_n) for out in widths)
+    widths += [0] * missing
     constants: dict[str, Any]
-    if sort is not None and sites:
-        producers = tokens * len(maps)
-        # The rank activations are an output, too.
-        last = [sort.order, sort.group_of_row, given_or_new(signals, SIGNALS, jnp.int32)]
-        outputs = [jax.ShapeDtypeStruct((len(maps), tokens, sites[0].max_rank), x.dtype), y]
+    sites = _sites(maps, sort)
+    if sites:
         _, _, adapters, max_pages, _ = sites[0].table.shape
         page_lanes = triton.next_power_of_2(max_pages)
-        pages = min(page_lanes, 4)
+        pages_at_once = min(page_lanes, 4)
         constants = {
             "NUM_ADAPTERS": adapters,
             "MAX_PAGES": max_pages,
             "PAGE_LANES": page_lanes,
             "SHRINK_K": min(SHRINK_COLUMNS * tiles.num_warps, triton.next_power_of_2(width)),
-            "SLOTS": max(tiles.stack, 2 * pages) // pages,
-            "PAGES": pages,
+            "SLOTS": max(tiles.stack, 2 * pages_at_once) // pages_at_once,
+            "PAGES": pages_at_once,
             "Z_COLUMNS": sites[0].max_rank,
         }
     else:
-        producers, last, outputs = 0, [None] * 4, [y]
         names = ("NUM_ADAPTERS", "MAX_PAGES", "PAGE_LANES", "SHRINK_K", "SLOTS", "PAGES")
         constants = dict.fromkeys((*names, "Z_COLUMNS"), 0)
-    row_tiles = triton.cdiv(tokens, tiles.block_m)
-    programs = row_tiles * sum(triton.cdiv(out, tiles.block_n) for out in widths)
-    widths += [0] * missing
-    results = launch(
+    in_place = isinstance(outputs[0], jax.Ref)
+    order = [None, None] if sort is None else [sort.order, sort.group_of_row]
+    return launch(
         linear_tiles,
-        (x, scalar(layer), *pointers, *last),
-        outputs,
-        None,
+        (x, scalar(layer), *pointers, *order, *last),
+        () if in_place else outputs,
+        outputs if in_place else None,
         Launch((producers + programs,), num_warps=tiles.num_warps, num_stages=tiles.num_stages),
         WIDTH=width,
         OUT_0=widths[0],
@@ -98,6 +184,7 @@ def linear_lora(
         PRODUCERS=producers,
         PROGRAMS=programs,
         SIGNALS=SIGNALS[0],
+        MULTIPLY=multiply,
         BLOCK_M=tiles.block_m,
         BLOCK_N=tiles.block_n,
         BLOCK_K=min(tiles.block_k, max(triton.next_power_of_2(width), 16)),
@@ -105,7 +192,6 @@ def linear_lora(
         PRECISION=precision(x.dtype),
         **constants,
     )
-    return results[-1]
 
 
 @triton.jit
@@ -144,6 +230,7 @@ def linear_tiles(
     PRODUCERS: tl.constexpr,
     PROGRAMS: tl.constexpr,
     SIGNALS: tl.constexpr,
+    MULTIPLY: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -174,8 +261,8 @@ def linear_tiles(
             linear_tile(
                 block, tile, x_ptr, weight_0_ptr, bias_0_ptr, layer, order_ptr, group_ptr,
                 b_0_ptr, table_0_ptr, z_ptr, shrunk_ptr, y_ptr,
-                WIDTH, OUT_0, OUT_0 + OUT_1 + OUT_2, TOKENS, BLOCK_M, BLOCK_N, BLOCK_K, PRECISION,
-                PRODUCERS, NUM_ADAPTERS, MAX_PAGES, PAGE_ROWS, Z_COLUMNS, SLOTS, PAGES,
+                WIDTH, OUT_0, OUT_0 + OUT_1 + OUT_2, TOKENS, MULTIPLY, BLOCK_M, BLOCK_N, BLOCK_K,
+                PRECISION, PRODUCERS, NUM_ADAPTERS, MAX_PAGES, PAGE_ROWS, Z_COLUMNS, SLOTS, PAGES,
             )  # fmt: skip
         elif block < BLOCKS_0 + BLOCKS_1:
             if MAPS > 1:
@@ -183,17 +270,17 @@ def linear_tiles(
                     block - BLOCKS_0, tile, x_ptr, weight_1_ptr, bias_1_ptr, layer, order_ptr,
                     group_ptr, b_1_ptr, table_1_ptr, z_1_ptr, shrunk_ptr,
                     y_ptr + OUT_0,
-                    WIDTH, OUT_1, OUT_0 + OUT_1 + OUT_2, TOKENS, BLOCK_M, BLOCK_N, BLOCK_K,
-                    PRECISION, PRODUCERS, NUM_ADAPTERS, MAX_PAGES, PAGE_ROWS, Z_COLUMNS, SLOTS,
-                    PAGES,
+                    WIDTH, OUT_1, OUT_0 + OUT_1 + OUT_2, TOKENS, MULTIPLY, BLOCK_M, BLOCK_N,
+                    BLOCK_K, PRECISION, PRODUCERS, NUM_ADAPTERS, MAX_PAGES, PAGE_ROWS, Z_COLUMNS,
+                    SLOTS, PAGES,
                 )  # fmt: skip
         elif MAPS > 2:
             linear_tile(
                 block - BLOCKS_0 - BLOCKS_1, tile, x_ptr, weight_2_ptr, bias_2_ptr, layer,
                 order_ptr, group_ptr, b_2_ptr, table_2_ptr, z_2_ptr,
                 shrunk_ptr, y_ptr + OUT_0 + OUT_1,
-                WIDTH, OUT_2, OUT_0 + OUT_1 + OUT_2, TOKENS, BLOCK_M, BLOCK_N, BLOCK_K, PRECISION,
-                PRODUCERS, NUM_ADAPTERS, MAX_PAGES, PAGE_ROWS, Z_COLUMNS, SLOTS, PAGES,
+                WIDTH, OUT_2, OUT_0 + OUT_1 + OUT_2, TOKENS, MULTIPLY, BLOCK_M, BLOCK_N, BLOCK_K,
+                PRECISION, PRODUCERS, NUM_ADAPTERS, MAX_PAGES, PAGE_ROWS, Z_COLUMNS, SLOTS, PAGES,
             )  # fmt: skip
         if PRODUCERS > 0:
             if leave(signals_ptr, PROGRAMS):
@@ -247,6 +334,7 @@ def linear_tile(
     OUT: tl.constexpr,
     Y_STRIDE: tl.constexpr,
     TOKENS: tl.constexpr,
+    MULTIPLY: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -264,46 +352,151 @@ def linear_tile(
     rows = first + tl.arange(0, BLOCK_M)
     inside = rows < TOKENS
     token = rows
-    if PRODUCERS > 0:
+    if order_ptr is not None:
         # Past the last real row the order is -1.
         token = tl.load(order_ptr + rows, mask=inside, other=-1)
         inside = token >= 0
     # Lanes without work repeat valid rows and columns, so that loads need no mask.
-    token = tl.where(inside, token, 0)
+    token = tl.where(inside, token, 0).to(tl.int64)
     columns = block * BLOCK_N + tl.arange(0, BLOCK_N)
     column = tl.minimum(columns, OUT - 1)
-    depth = tl.arange(0, BLOCK_K)
-    x_ptrs = x_ptr + token[:, None] * WIDTH + depth[None, :]
-    weight_ptrs = weight_ptr + layer.to(tl.int64) * (OUT * WIDTH)
-    weight_ptrs += column[None, :] * WIDTH + depth[:, None]
+    y_ptrs = y_ptr + token[:, None] * Y_STRIDE + columns[None, :]
+    stored = inside[:, None] & (columns < OUT)[None, :]
     if b_ptr is not None:
         adapter, slot, num_slots = tile_adapters(first, rows, inside, 0, group_ptr, NUM_ADAPTERS)
         table_ptr += (layer * 2 + 1) * NUM_ADAPTERS * MAX_PAGES
         # Looked up before the products, which then hide the wait.
         slot_adapter, mine = find_adapters(0, adapter, slot, SLOTS)
         pool_row = find_pages(slot_adapter, 0, table_ptr, 1, MAX_PAGES, PAGES)
-    total = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-    for k in range(0, WIDTH, BLOCK_K):
-        if WIDTH % BLOCK_K == 0:
-            x = tl.load(x_ptrs + k)
-            weight = tl.load(weight_ptrs + k)
-        else:
-            left = k + depth < WIDTH
-            x = tl.load(x_ptrs + k, mask=left[None, :], other=0.0)
-            weight = tl.load(weight_ptrs + k, mask=left[:, None], other=0.0)
-        total = tl.dot(x, weight, total, input_precision=PRECISION)
-    if bias_ptr is not None:
-        total += tl.load(bias_ptr + layer * OUT + column).to(tl.float32)[None, :]
+    if MULTIPLY:
+        total = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+        depth = tl.arange(0, BLOCK_K)
+        x_ptrs = x_ptr + token[:, None] * WIDTH + depth[None, :]
+        weight_ptrs = weight_ptr + layer.to(tl.int64) * (OUT * WIDTH)
+        weight_ptrs += column[None, :] * WIDTH + depth[:, None]
+        for k in range(0, WIDTH, BLOCK_K):
+            if WIDTH % BLOCK_K == 0:
+                x = tl.load(x_ptrs + k)
+                weight = tl.load(weight_ptrs + k)
+            else:
+                left = k + depth < WIDTH
+                x = tl.load(x_ptrs + k, mask=left[None, :], other=0.0)
+                weight = tl.load(weight_ptrs + k, mask=left[:, None], other=0.0)
+            total = tl.dot(x, weight, total, input_precision=PRECISION)
+        if bias_ptr is not None:
+            total += tl.load(bias_ptr + layer * OUT + column).to(tl.float32)[None, :]
+    else:
+        # Rows of the base model are left as they are.
+        changed = adapter >= 0 if b_ptr is not None else rows < 0
+        stored = stored & changed[:, None]
+        total = tl.load(y_ptrs, mask=stored, other=0.0).to(tl.float32)
     if b_ptr is not None:
-        if num_slots > 0:
-            wait_for(shrunk_ptr, PRODUCERS)
+        if PRODUCERS > 0:
+            if num_slots > 0:
+                wait_for(shrunk_ptr, PRODUCERS)
         total = add_expand(
             total, rows, adapter, slot, num_slots, mine, pool_row, columns,
             z_ptr, table_ptr, b_ptr,
             OUT, 1, MAX_PAGES, PAGE_ROWS, Z_COLUMNS, BLOCK_M, SLOTS, PAGES, PRECISION,
         )  # fmt: skip
-    tl.store(
-        y_ptr + token[:, None] * Y_STRIDE + columns[None, :],
-        total.to(y_ptr.dtype.element_ty),
-        mask=inside[:, None] & (columns < OUT)[None, :],
+    tl.store(y_ptrs, total.to(y_ptr.dtype.element_ty), mask=stored)
+
+
+@triton.jit
+def shrink_tiles(
+    x_ptr,
+    layer_ptr,
+    order_ptr,
+    group_ptr,
+    a_0_ptr,
+    table_0_ptr,
+    scaling_0_ptr,
+    a_1_ptr,
+    table_1_ptr,
+    scaling_1_ptr,
+    a_2_ptr,
+    table_2_ptr,
+    scaling_2_ptr,
+    z_ptr,
+    WIDTH: tl.constexpr,
+    TOKENS: tl.constexpr,
+    NUM_ADAPTERS: tl.constexpr,
+    MAX_PAGES: tl.constexpr,
+    PAGE_ROWS: tl.constexpr,
+    Z_COLUMNS: tl.constexpr,
+    SHARED_BY: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """A tile of rows, one page and one map; ``SHARED_BY`` programs share the tile's adapters."""
+    tile, share = tl.program_id(0) // SHARED_BY, tl.program_id(0) % SHARED_BY
+    page, number = tl.program_id(1), tl.program_id(2)
+    layer = tl.load(layer_ptr)
+    rows = tile * BLOCK_M + tl.arange(0, BLOCK_M)
+    inside = rows < TOKENS
+    token = tl.load(order_ptr + rows, mask=inside, other=-1)
+    inside = token >= 0
+    adapter, slot, num_slots = tile_adapters(
+        tile * BLOCK_M, rows, inside, 0, group_ptr, NUM_ADAPTERS
     )
+    x_ptrs = x_ptr + tl.where(inside, token, 0).to(tl.int64) * WIDTH
+    z_ptrs = z_ptr + (number * TOKENS + rows) * Z_COLUMNS + page * PAGE_ROWS
+    for chosen in range(share, num_slots, SHARED_BY):
+        mine = slot == chosen
+        this = tl.max(tl.where(mine, adapter, 0), 0)
+        entry = (layer * 2 * NUM_ADAPTERS + this) * MAX_PAGES + page
+        factor = layer * NUM_ADAPTERS + this
+        # A branch per map keeps the alignment of each pool known to the compiler.
+        if number == 0:
+            if a_0_ptr is not None:
+                shrink_tile(
+                    x_ptrs, mine, a_0_ptr, table_0_ptr + entry, scaling_0_ptr + factor, z_ptrs,
+                    WIDTH, PAGE_ROWS, BLOCK_M, BLOCK_K, PRECISION,
+                )  # fmt: skip
+        elif number == 1:
+            if a_1_ptr is not None:
+                shrink_tile(
+                    x_ptrs, mine, a_1_ptr, table_1_ptr + entry, scaling_1_ptr + factor, z_ptrs,
+                    WIDTH, PAGE_ROWS, BLOCK_M, BLOCK_K, PRECISION,
+                )  # fmt: skip
+        elif a_2_ptr is not None:
+            shrink_tile(
+                x_ptrs, mine, a_2_ptr, table_2_ptr + entry, scaling_2_ptr + factor, z_ptrs,
+                WIDTH, PAGE_ROWS, BLOCK_M, BLOCK_K, PRECISION,
+            )  # fmt: skip
+
+
+@triton.jit
+def shrink_tile(
+    x_ptrs,
+    mine,
+    pool_ptr,
+    entry_ptr,
+    scaling_ptr,
+    z_ptrs,
+    WIDTH: tl.constexpr,
+    PAGE_ROWS: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """``z = scaling · A · x`` for the rows of one adapter and one page, if it has that page."""
+    pool_row = tl.load(entry_ptr)
+    if pool_row >= 0:
+        rank, depth = tl.arange(0, PAGE_ROWS), tl.arange(0, BLOCK_K)
+        x_tile = x_ptrs[:, None] + depth[None, :]
+        a_tile = pool_ptr + pool_row.to(tl.int64) * (PAGE_ROWS * WIDTH)
+        a_tile += rank[None, :] * WIDTH + depth[:, None]
+        z = tl.zeros([BLOCK_M, PAGE_ROWS], tl.float32)
+        for k in range(0, WIDTH, BLOCK_K):
+            if WIDTH % BLOCK_K == 0:
+                x = tl.load(x_tile + k)
+                a = tl.load(a_tile + k)
+            else:
+                left = k + depth < WIDTH
+                x = tl.load(x_tile + k, mask=left[None, :], other=0.0)
+                a = tl.load(a_tile + k, mask=left[:, None], other=0.0)
+            z = tl.dot(x, a, z, input_precision=PRECISION)
+        z = (z * tl.load(scaling_ptr)).to(z_ptrs.dtype.element_ty)
+        tl.store(z_ptrs[:, None] + rank[None, :], z, mask=mine[:, None])
