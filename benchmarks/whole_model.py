@@ -31,6 +31,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from benchmarks.device import Device
 from benchmarks.workload import PEAK_BYTES
 from moelora_jax import LLM, BucketConfig, CacheConfig, LoraConfig, Prompt, RuntimeConfig
 from moelora_jax.adapters.adapter import Adapter, LowRankUpdate, Target
@@ -443,24 +444,27 @@ def main() -> None:
     parser.add_argument("--position", type=int, default=512, help="of the tokens that are decoded")
     parser.add_argument("--parts", default="generate,decode,kernels,prefill,serve,warm_start")
     parser.add_argument("--seconds", type=float, default=900, help="after which no part begins")
+    parser.add_argument("--lock", help="file that processes which share the device measure under")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     report = Report(options.json, options.seconds)
     report["setup"], report["date"] = backend.describe(), time.strftime("%Y-%m-%d")
     report["options"] = {name: str(value) for name, value in vars(options).items()}
+    parts = options.parts.split(",")
+    names = [f"adapter{number}" for number in range(options.adapters)]
+    device = Device(options.lock or os.devnull)
     with tempfile.TemporaryDirectory() as cache:
         use_compilation_cache(cache)  # A new one, so that the first start is cold.
-        start = time.perf_counter()
-        llm = new_llm(options)
-        jax.block_until_ready(llm.runner.state)
-        report.lap("make_model_s", start)
-        parts = options.parts.split(",")
-        prefills = {"generate", "prefill", "serve", "warm_start"} & set(parts)
-        kinds: tuple[Kind, ...] = ("prefill", "decode") if prefills else ("decode",)
-        report["cold_start"] = str(llm.warm_up(kinds, progress=False))
-        print(f"cold start: {report.values['cold_start']}", flush=True)
-        names = [f"adapter{number}" for number in range(options.adapters)]
-        load_adapters(llm, names, options.rank, report)
+        with device.shared():
+            start = time.perf_counter()
+            llm = new_llm(options)
+            jax.block_until_ready(llm.runner.state)
+            report.lap("make_model_s", start)
+            prefills = {"generate", "prefill", "serve", "warm_start"} & set(parts)
+            kinds: tuple[Kind, ...] = ("prefill", "decode") if prefills else ("decode",)
+            report["cold_start"] = str(llm.warm_up(kinds, progress=False))
+            print(f"cold start: {report.values['cold_start']}", flush=True)
+            load_adapters(llm, names, options.rank, report)
 
         report["memory_plan"] = dict(llm.memory_plan()) | {"total": llm.memory_plan().total}
         memory = jax.devices()[0].memory_stats() or {}
@@ -476,7 +480,8 @@ def main() -> None:
                 print(f"{part}: no time left", flush=True)
                 continue
             try:
-                getattr(measurements, part)(report)
+                with device.alone():
+                    getattr(measurements, part)(report)
             except Exception:
                 # The other parts may still tell something.
                 traceback.print_exc()
