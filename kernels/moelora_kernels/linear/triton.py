@@ -183,7 +183,6 @@ def _launch(
         MAPS=len(maps),
         PRODUCERS=producers,
         PROGRAMS=programs,
-        SIGNALS=SIGNALS[0],
         MULTIPLY=multiply,
         BLOCK_M=tiles.block_m,
         BLOCK_N=tiles.block_n,
@@ -229,7 +228,6 @@ def linear_tiles(
     MAPS: tl.constexpr,
     PRODUCERS: tl.constexpr,
     PROGRAMS: tl.constexpr,
-    SIGNALS: tl.constexpr,
     MULTIPLY: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -285,7 +283,7 @@ def linear_tiles(
         if PRODUCERS > 0:
             if leave(signals_ptr, PROGRAMS):
                 wait_for(shrunk_ptr, PRODUCERS)
-                clear(signals_ptr, SIGNALS)
+                clear(signals_ptr, 2)
     elif PRODUCERS > 0:
         row, number = program // MAPS, program % MAPS
         adapter = tl.load(group_ptr + row) - 1
