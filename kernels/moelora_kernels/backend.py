@@ -102,17 +102,20 @@ def launch(
         "name": kernel.fn.__name__,
     }
     call = jax_triton().triton_call
-    if refs is None:
-        return tuple(call(*inputs, out_type=tuple(outputs), **options, **constants))
+    outs: dict[str, Any] = {"out_type": tuple(outputs) if refs is None else ()}
+    written: list[Any] = [value for value in (*inputs, *(refs or ())) if isinstance(value, jax.Ref)]
+    if not written:
+        return tuple(call(*inputs, **outs, **options, **constants))
     # XLA may fuse a launch with the slice that it reads or that its result is put into, and then
     # forgets that the launch writes over its operands. No fusion crosses a barrier.
     arrays = [value for value in inputs if isinstance(value, Array)]
     barred = iter(lax.optimization_barrier(arrays))
     inputs = [next(barred) if isinstance(value, Array) else value for value in inputs]
-    call(*inputs, *refs, out_type=(), **options, **constants)
-    for ref, value in zip(refs, lax.optimization_barrier([ref[...] for ref in refs]), strict=True):
+    results = call(*inputs, *(refs or ()), **outs, **options, **constants)
+    values = lax.optimization_barrier([ref[...] for ref in written])
+    for ref, value in zip(written, values, strict=True):
         ref[...] = value
-    return tuple(refs)
+    return tuple(results if refs is None else refs)
 
 
 @functools.cache

@@ -85,8 +85,8 @@ TILES = (
 )
 
 
-#: One launch; a launch before shrinks.
-LINEAR_TILES = (LinearTiles(16, 16, 16, 1, 1), LinearTiles(32, 16, 32, 1, 1, shrink_rows=16))
+#: One or several tiles of rows.
+LINEAR_TILES = (LinearTiles(16, 16, 16, 1, 1), LinearTiles(64, 16, 32, 1, 1))
 
 
 def layer(
@@ -229,8 +229,9 @@ def check_linear(shape: Shape, dtype: str, num_maps: int, tiles: LinearTiles | N
 
     Without tiles the products are XLA's.
     """
-    linear_api.MAX_ROWS = 0 if tiles is None else 1024
-    linear_api.linear_tiles = lambda *_: tiles or LINEAR_TILES[1]
+    linear_api.MAX_ROWS = 0 if tiles is None else 128
+    linear_api.linear_tiles = lambda *_: tiles
+    linear_api.linear_lora_tiles = lambda *_: LinearTiles(32, 16, 32, 1, 1, shrink_rows=16)
     case = LayerCase(LayerSpec(shape, dtype=dtype, num_tokens=shape.tokens - 1, seed=4))  # type: ignore[arg-type]
     rng = np.random.default_rng(0)
 

@@ -9,11 +9,12 @@ from jaxtyping import Float, Int32
 
 from moelora_kernels.backend import Implementation, choose
 from moelora_kernels.dense_lora.reference import dense_lora
-from moelora_kernels.tuning.tiles import linear_tiles
+from moelora_kernels.tuning.tiles import linear_lora_tiles, linear_tiles
 from moelora_kernels.types import Buffer, LinearMap, TokenSort
 
-#: Rows up to which Triton's products are used: XLA's are faster, but copy weights and rank sums.
-MAX_ROWS = 1024
+#: Rows up to which reading the weights takes most of the time, so that one launch is best. With 0
+#: all products are XLA's.
+MAX_ROWS = 128
 
 
 def linear_lora(
@@ -29,8 +30,8 @@ def linear_lora(
 ) -> Float[Array, "tokens out"]:
     """Linear maps of one input, each token with its adapter: ``W · x + bias + s · B · (A · x)``.
 
-    In Triton all maps are one launch, or with more tokens two, which read the weights where they
-    are in the stack. More than ``MAX_ROWS`` tokens are products of XLA's, with LoRA added in place.
+    In Triton up to ``MAX_ROWS`` tokens are one launch for all maps, which reads the weights where
+    they are in the stack. More are one product of XLA's, to which two launches add LoRA in place.
 
     Args:
         x: in the compute dtype.
@@ -51,9 +52,8 @@ def linear_lora(
     if choose(implementation) == "triton":
         from moelora_kernels.linear import triton
 
-        outputs = sum(m.weight.shape[1] for m in maps)
-        tiles = linear_tiles(len(x), outputs, x.dtype)
         if len(x) <= MAX_ROWS:
+            tiles = linear_tiles(len(x), sum(m.weight.shape[1] for m in maps), x.dtype)
             return triton.linear_lora(x, maps, layer, sort, signals, dtype, tiles)
         # One copy from the stacks, and one product whose results lie side by side.
         weight = jnp.concatenate([m.weight[layer] for m in maps])
@@ -62,7 +62,9 @@ def linear_lora(
         ]
         bias = None if all(m.bias is None for m in maps) else jnp.concatenate(biases)
         y = linear(x, weight, bias, dtype=dtype)
-        return y if sort is None else triton.add_lora(x, y, maps, layer, sort, tiles)
+        if sort is None:
+            return y
+        return triton.add_lora(x, y, maps, layer, sort, linear_lora_tiles(len(x), x.dtype))
     products = [
         linear(x, weight[layer], None if bias is None else bias[layer], dtype=dtype)
         for weight, bias, _ in maps

@@ -2,9 +2,9 @@
 
 With few rows all is one launch. The first programs shrink, one row for one map each. The others
 have some columns of one map, and read weights meanwhile; they wait for the rank activations only
-when their sums are complete, as :mod:`moelora_kernels.expert_lora.triton` says. With more rows a
-launch before shrinks tiles of rows on the tensor cores. Rows are in the order of the sort, so that
-the rows of an adapter lie together.
+when their sums are complete, as :mod:`moelora_kernels.expert_lora.triton` says. With many rows XLA
+multiplies, one launch shrinks tiles of rows, and another adds what they expand to. Rows are in the
+order of the sort, so that the rows of an adapter lie together.
 """
 
 from collections.abc import Sequence
@@ -54,9 +54,6 @@ def linear_lora(
     y = jax.ShapeDtypeStruct((len(x), sum(m.weight.shape[1] for m in maps)), dtype)
     if not sites:
         return _launch(x, maps, layer, None, [None, None], [y], tiles, dtype)[0]
-    if tiles.shrink_rows:
-        z = shrink(x, maps, layer, sort, tiles)
-        return _launch(x, maps, layer, sort, [None, z], [y], tiles, dtype)[0]
     # The rank activations are an output, too.
     ranks = jax.ShapeDtypeStruct((len(maps), len(x), sites[0].max_rank), x.dtype)
     counters = given_or_new(signals, SIGNALS, jnp.int32)

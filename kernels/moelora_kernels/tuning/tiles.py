@@ -89,8 +89,8 @@ class LinearTiles:
         num_warps: warps per program.
         num_stages: steps whose loads are in flight.
         stack: pages of adapters that are multiplied at once.
-        shrink_rows: rows of a tile of the launch before that makes the rank activations; 0 has
-            programs of the same launch make them, one for each row.
+        shrink_rows: rows of a tile of the launch before that makes the rank activations, where
+            there is one.
     """
 
     block_m: int
@@ -229,24 +229,23 @@ def dense_tiles(tokens: int, width: int, dtype: DTypeLike) -> tuple[ShrinkTiles,
 def linear_tiles(tokens: int, outputs: int, dtype: DTypeLike) -> LinearTiles:
     """Tiles of linear maps that have so many output columns together."""
     block_m = 16 if tokens <= 16 else 32 if tokens <= 32 else 64
-    shrink_rows = 0 if tokens <= 128 else 16 if tokens <= 1024 else 32
     if jnp.dtype(dtype) == jnp.float32:
-        return LinearTiles(min(block_m, 32), 32, 32, 4, 2, shrink_rows=shrink_rows)
-    if tokens <= 128:
-        # Narrow blocks, so that all processors read weights; rows are in the L2 cache.
-        block_n, block_k = (16, 256) if block_m < 64 else (32, 128)
-    else:
-        block_n, block_k = (64, 128) if tokens <= 256 else (128, 64)
+        return LinearTiles(min(block_m, 32), 32, 32, num_warps=4, num_stages=2)
+    # Narrow blocks, so that all processors read weights; rows are in the L2 cache.
+    block_n, block_k = (16, 256) if block_m < 64 else (32, 128)
     programs = -(-outputs // block_n) * -(-tokens // block_m)
-    if tokens > 256 and programs >= 2 * PROCESSORS:
-        block_m, programs = 128, programs // 2
-    per_processor = 1 if tokens > 128 else -(-programs // PROCESSORS)
     capability = getattr(jax.devices()[0], "compute_capability", "9.0")
-    room = SHARED_MEMORY.get(capability, min(SHARED_MEMORY.values())) // per_processor
-    stages = max(2, min(6 if tokens <= 128 else 4, room // (2 * block_k * (block_m + block_n))))
-    warps = 8 if block_m == 128 else 4
-    stack = 4 if block_m == 16 else 8
-    return LinearTiles(block_m, block_n, block_k, warps, stages, stack, shrink_rows)
+    room = SHARED_MEMORY.get(capability, min(SHARED_MEMORY.values())) // -(-programs // PROCESSORS)
+    stages = max(2, min(6, room // (2 * block_k * (block_m + block_n))))
+    return LinearTiles(block_m, block_n, block_k, 4, stages, stack=4 if block_m == 16 else 8)
+
+
+def linear_lora_tiles(tokens: int, dtype: DTypeLike) -> LinearTiles:
+    """Tiles of the launches that add LoRA to linear maps of many rows."""
+    rows = 16 if tokens <= 1024 else 32
+    if jnp.dtype(dtype) == jnp.float32:
+        return LinearTiles(32, 32, 32, num_warps=4, num_stages=2, shrink_rows=rows)
+    return LinearTiles(32, 128, 64, num_warps=4, num_stages=1, stack=4, shrink_rows=rows)
 
 
 @functools.cache
