@@ -45,8 +45,8 @@ def linear_lora(
         implementation: None chooses by the default device.
 
     Returns:
-        The maps' outputs side by side. Tokens without an adapter have the same bits with a sort and
-        without; rows of padding are not defined.
+        The maps' outputs side by side. Tokens without an adapter, and padding, have the same bits
+        with a sort and without.
     """
     dtype = jnp.dtype(dtype or x.dtype)
     if choose(implementation) == "triton":

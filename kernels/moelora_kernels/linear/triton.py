@@ -348,9 +348,9 @@ def linear_tile(
     inside = rows < TOKENS
     token = rows
     if order_ptr is not None:
-        # Past the last real row the order is -1.
-        token = tl.load(order_ptr + rows, mask=inside, other=-1)
-        inside = token >= 0
+        # Past the last real row the order is -1; there, rows are tokens of padding.
+        order = tl.load(order_ptr + rows, mask=inside, other=-1)
+        token = tl.where(order >= 0, order, rows)
     # Lanes without work repeat valid rows and columns, so that loads need no mask.
     token = tl.where(inside, token, 0).to(tl.int64)
     columns = block * BLOCK_N + tl.arange(0, BLOCK_N)
