@@ -162,6 +162,24 @@ def test_a_burst_of_many_times_the_capacity(llm: LLM) -> None:
     assert stats.compilations == stats.address_changes == stats.unplanned_reads == 0
 
 
+def test_a_buffer_that_moves_is_counted(
+    engine: AsyncEngine, llm: LLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    list(engine.submit(Request((1,), "a", 2)))
+    assert engine.stats().address_changes == 0
+    real = llm.runner.addresses
+
+    def moved() -> dict[str, tuple[int, ...]]:
+        addresses = real()
+        first, *others = addresses["kv_cache"]
+        return addresses | {"kv_cache": (first + 1, *others)}
+
+    monkeypatch.setattr(llm.runner, "addresses", moved)
+    list(engine.submit(Request((1,), "a", 2)))
+    asyncio.run(engine.shutdown(drain=True, timeout=None))
+    assert engine.stats().address_changes == 1
+
+
 def test_a_failed_load_changes_nothing(engine: AsyncEngine, llm: LLM, tmp_path: Path) -> None:
     before, loads = engine.adapters(), engine.stats().adapter_loads
     too_large = random_adapter(llm.config, 1, rank=33)

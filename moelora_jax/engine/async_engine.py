@@ -34,6 +34,9 @@ _log = logging.getLogger("moelora.engine")
 #: How long the device thread sleeps when all sequences wait for something, in seconds.
 _PAUSE = 0.001
 
+#: How often a busy device thread looks whether buffers have moved, in seconds.
+_ADDRESSES_PERIOD = 1.0
+
 
 class AsyncEngine:
     """Serves requests of any threads and event loops on one thread that owns the device.
@@ -67,6 +70,7 @@ class AsyncEngine:
         self._ended: Counter[str] = Counter()
         self._generated: Counter[str | None] = Counter()
         self._address_changes = 0
+        self._addresses_seen = 0.0  # When, by the monotonic clock.
         self._written = (-1, -1)  # Writes and evictions of adapters that were published.
         # Under the lock.
         self._lock = threading.Lock()
@@ -77,6 +81,7 @@ class AsyncEngine:
         # Replaced as a whole by the device thread.
         self._infos: dict[str, AdapterInfo] = {}
         self._stats: EngineStats | None = None
+        self._delivered: dict[str | None, int] = {}
 
     def start(self) -> None:
         """Start the device thread."""
@@ -233,7 +238,8 @@ class AsyncEngine:
         if self._stats is None:
             raise RequestError("the engine was not started")
         with self._lock:
-            stats, requests, prompts = self._stats, dict(self._requests), dict(self._prompt_tokens)
+            stats, delivered = self._stats, self._delivered
+            requests, prompts = dict(self._requests), dict(self._prompt_tokens)
             waiting = self._num_waiting()
         return replace(
             stats,
@@ -241,11 +247,7 @@ class AsyncEngine:
             submitted=sum(requests.values()),
             prompt_tokens=sum(prompts.values()),
             by_adapter={
-                name: replace(
-                    stats.by_adapter.get(name, AdapterTraffic()),
-                    requests=count,
-                    prompt_tokens=prompts[name],
-                )
+                name: AdapterTraffic(count, prompts[name], delivered.get(name, 0))
                 for name, count in requests.items()
             },
         )
@@ -367,12 +369,10 @@ class AsyncEngine:
         if written != self._written:
             self._written = written
             self._publish_adapters()
-        addresses = runner.addresses()
-        for name, old in self._addresses.items():
-            self._address_changes += sum(
-                before != after for before, after in zip(old, addresses[name], strict=True)
-            )
-        self._addresses = addresses
+        now = time.monotonic()
+        if now - self._addresses_seen >= _ADDRESSES_PERIOD or not engine.has_work:
+            self._addresses_seen = now
+            self._count_address_changes()
         stats = EngineStats(
             waiting=0,
             running=len(scheduler.running),
@@ -380,10 +380,7 @@ class AsyncEngine:
             finished=dict(self._ended),
             prompt_tokens=0,
             generated_tokens=sum(self._generated.values()),
-            by_adapter={
-                name: AdapterTraffic(generated_tokens=count)
-                for name, count in self._generated.items()
-            },
+            by_adapter={},  # Made when somebody asks.
             steps=dict(scheduler.steps),
             preemptions=scheduler.preemptions,
             prefix_hits=scheduler.prefix_hits,
@@ -398,5 +395,15 @@ class AsyncEngine:
             kv_blocks_total=scheduler.blocks.total,
             pools=runner.pool.usage(),
         )
+        delivered = dict(self._generated)
         with self._lock:
-            self._stats = stats
+            self._stats, self._delivered = stats, delivered
+
+    def _count_address_changes(self) -> None:
+        """Takes some microseconds, so not after every step."""
+        addresses = self._llm.runner.addresses()
+        for name, old in self._addresses.items():
+            self._address_changes += sum(
+                before != after for before, after in zip(old, addresses[name], strict=True)
+            )
+        self._addresses = addresses
