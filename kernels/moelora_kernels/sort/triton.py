@@ -1,8 +1,9 @@
-"""Token sort in Triton: one launch for small batches, three for large ones. No atomics.
+"""Token sort in Triton: one launch for small batches, two for large ones. No atomics.
 
 The row of a pair is the number of pairs that come before it. Up to :data:`MAX_COUNTED_PAIRS` pairs,
-it is counted by comparing every pair with every other. Above, blocks of pairs count how many they
-have of each group, one program turns the counts into first rows, and each block places its pairs.
+it is counted by comparing every pair with every other. Above, each block of pairs first counts how
+many of its own have a group up to each; a pair then adds up one such number of every block, and
+compares itself with the others of its own block only.
 """
 
 import jax
@@ -14,11 +15,15 @@ from moelora_kernels.backend import Launch, launch, scalar
 from moelora_kernels.types import TokenSort
 
 #: Pairs up to which every pair is compared with every other.
-MAX_COUNTED_PAIRS = 8192
+MAX_COUNTED_PAIRS = 4096
 #: Pairs of one block of the form for large batches.
 BLOCK_PAIRS = 1024
+#: Blocks of which a pair adds up the numbers; there are no more, but larger ones.
+MAX_BLOCKS = 64
 #: Groups that a program counts at once there.
 BLOCK_GROUPS = 1024
+#: Pairs that a program places there.
+PART_PAIRS = 32
 
 
 def sort_tokens(
@@ -49,49 +54,39 @@ def sort_tokens(
         how = Launch((programs,), num_warps=num_warps)
         results = launch(sort_by_counting, inputs, outputs, refs, how, **constants)
     else:
-        blocks = triton.cdiv(pairs, BLOCK_PAIRS)
-        counts = [jax.ShapeDtypeStruct((blocks, groups), "int32")]
-        (block_counts,) = launch(
+        block = max(BLOCK_PAIRS, triton.next_power_of_2(triton.cdiv(pairs, MAX_BLOCKS)))
+        blocks = triton.cdiv(pairs, block)
+        shared = {
+            "PAIRS": pairs,
+            "TOP_K": top_k,
+            "NUM_ADAPTERS": num_adapters,
+            "GROUPS": groups,
+            "BLOCKS": blocks,
+            "BLOCK": block,
+        }
+        counts = launch(
             count_groups,
             inputs,
-            counts,
+            [jax.ShapeDtypeStruct((groups, blocks), "int32")],
             None,
-            Launch((blocks, triton.cdiv(groups, BLOCK_GROUPS))),
-            PAIRS=pairs,
-            TOP_K=top_k,
-            NUM_ADAPTERS=num_adapters,
-            GROUPS=groups,
-            BLOCK=BLOCK_PAIRS,
+            Launch((blocks, triton.cdiv(groups, BLOCK_GROUPS)), num_warps=8),
             BLOCK_GROUPS=BLOCK_GROUPS,
-        )
-        (first_rows,) = launch(
-            scan_groups,
-            (block_counts,),
-            counts,
-            None,
-            Launch((1,), num_warps=16),
-            BLOCKS=blocks,
-            GROUPS=groups,
-            CHUNK_BLOCKS=min(triton.next_power_of_2(blocks), 32),
-            CHUNK_GROUPS=min(triton.next_power_of_2(groups), 1024),
+            **shared,
         )
         results = launch(
             place_pairs,
-            (*inputs, first_rows),
+            (*inputs, *counts),
             outputs,
             refs,
-            Launch((blocks * (BLOCK_PAIRS // 64) + 1,), num_warps=8),
-            PAIRS=pairs,
-            TOP_K=top_k,
+            Launch((blocks * (block // PART_PAIRS) + 1,), num_warps=8),
             NUM_EXPERTS=num_experts,
-            NUM_ADAPTERS=num_adapters,
             TILE_ROWS=tile_rows,
             NUM_TILES=num_tiles,
             EXPERTS_POW2=constants["EXPERTS_POW2"],
-            GROUPS=groups,
-            BLOCK=BLOCK_PAIRS,
-            PART=64,
-            CHUNK=256,
+            PART=PART_PAIRS,
+            CHUNK=min(block, 512),
+            BLOCKS_POW2=triton.next_power_of_2(blocks),
+            **shared,
         )
     named = dict(zip(arrays, results, strict=True))
     return TokenSort(**named)
@@ -267,10 +262,11 @@ def count_groups(
     TOP_K: tl.constexpr,
     NUM_ADAPTERS: tl.constexpr,
     GROUPS: tl.constexpr,
+    BLOCKS: tl.constexpr,
     BLOCK: tl.constexpr,
     BLOCK_GROUPS: tl.constexpr,
 ):
-    """``counts[block, group]``: pairs of each group in each block of pairs."""
+    """``counts[group, block]``: pairs of a block whose group is at most ``group``."""
     block, first = tl.program_id(0), tl.program_id(1) * BLOCK_GROUPS
     num_tokens = tl.load(num_tokens_ptr)
     pair = block * BLOCK + tl.arange(0, BLOCK)
@@ -280,39 +276,9 @@ def count_groups(
     bin_of_pair = group - first
     mine = (bin_of_pair >= 0) & (bin_of_pair < BLOCK_GROUPS)
     counts = tl.histogram(tl.where(mine, bin_of_pair, 0), BLOCK_GROUPS, mask=mine)
-    column = first + tl.arange(0, BLOCK_GROUPS)
-    tl.store(counts_ptr + block * GROUPS + column, counts, mask=column < GROUPS)
-
-
-@triton.jit
-def scan_groups(
-    counts_ptr,
-    first_rows_ptr,
-    BLOCKS: tl.constexpr,
-    GROUPS: tl.constexpr,
-    CHUNK_BLOCKS: tl.constexpr,
-    CHUNK_GROUPS: tl.constexpr,
-):
-    """``first_rows[block, group]``: where the pairs of a group in a block go. One program."""
-    rows_before = 0
-    for first_group in range(0, GROUPS, CHUNK_GROUPS):
-        group = first_group + tl.arange(0, CHUNK_GROUPS)
-        total = tl.zeros([CHUNK_GROUPS], tl.int32)
-        for first_block in range(0, BLOCKS, CHUNK_BLOCKS):
-            block = first_block + tl.arange(0, CHUNK_BLOCKS)
-            inside = (block < BLOCKS)[:, None] & (group < GROUPS)[None, :]
-            offset = block[:, None] * GROUPS + group[None, :]
-            total += tl.sum(tl.load(counts_ptr + offset, mask=inside, other=0), 0)
-        first_row = rows_before + tl.cumsum(total, 0) - total
-        rows_before += tl.sum(total, 0)
-        for first_block in range(0, BLOCKS, CHUNK_BLOCKS):
-            block = first_block + tl.arange(0, CHUNK_BLOCKS)
-            inside = (block < BLOCKS)[:, None] & (group < GROUPS)[None, :]
-            offset = block[:, None] * GROUPS + group[None, :]
-            counts = tl.load(counts_ptr + offset, mask=inside, other=0)
-            rows = first_row[None, :] + tl.cumsum(counts, 0) - counts
-            tl.store(first_rows_ptr + offset, rows, mask=inside)
-            first_row += tl.sum(counts, 0)
+    counts = tl.cumsum(counts, 0) + tl.sum((bin_of_pair < 0).to(tl.int32), 0)
+    row = first + tl.arange(0, BLOCK_GROUPS)
+    tl.store(counts_ptr + row * BLOCKS + block, counts, mask=row < GROUPS)
 
 
 @triton.jit
@@ -320,7 +286,7 @@ def place_pairs(
     experts_ptr,
     adapters_ptr,
     num_tokens_ptr,
-    first_rows_ptr,
+    counts_ptr,
     order_ptr,
     row_of_pair_ptr,
     tiles_ptr,
@@ -333,22 +299,27 @@ def place_pairs(
     NUM_TILES: tl.constexpr,
     EXPERTS_POW2: tl.constexpr,
     GROUPS: tl.constexpr,
+    BLOCKS: tl.constexpr,
+    BLOCKS_POW2: tl.constexpr,
     BLOCK: tl.constexpr,
     PART: tl.constexpr,
     CHUNK: tl.constexpr,
 ):
     """Programs place ``PART`` pairs of a block each; the first writes the tile map instead."""
     num_tokens = tl.load(num_tokens_ptr)
-    num_rows = num_tokens * TOP_K
+    any_block = tl.arange(0, BLOCKS_POW2)
     if tl.program_id(0) == 0:
-        # The first block's first row of an expert's first group is the expert's first row.
         expert = tl.arange(0, EXPERTS_POW2)
-        first_group = expert * (NUM_ADAPTERS + 1)
-        first = tl.load(first_rows_ptr + first_group, mask=expert < NUM_EXPERTS, other=0)
-        next_group = first_group + NUM_ADAPTERS + 1
-        end = tl.load(first_rows_ptr + next_group, mask=expert < NUM_EXPERTS - 1, other=0)
-        end = tl.where(expert == NUM_EXPERTS - 1, num_rows, end)
-        write_expert_tiles(end - first, tiles_ptr, NUM_EXPERTS, TILE_ROWS, NUM_TILES, EXPERTS_POW2)
+        # An expert's rows end with those of its last adapter.
+        last_group = expert * (NUM_ADAPTERS + 1) + NUM_ADAPTERS
+        used = (expert < NUM_EXPERTS)[:, None] & (any_block < BLOCKS)[None, :]
+        up_to_ptrs = counts_ptr + last_group[:, None] * BLOCKS + any_block[None, :]
+        up_to = tl.load(up_to_ptrs, mask=used, other=0)
+        up_to_last = tl.load(
+            up_to_ptrs - (NUM_ADAPTERS + 1) * BLOCKS, mask=used & (expert > 0)[:, None], other=0
+        )
+        rows = tl.sum(up_to - up_to_last, 1)
+        write_expert_tiles(rows, tiles_ptr, NUM_EXPERTS, TILE_ROWS, NUM_TILES, EXPERTS_POW2)
     else:
         part = tl.program_id(0) - 1
         block = part // (BLOCK // PART)
@@ -356,16 +327,28 @@ def place_pairs(
         group = group_of_pairs(
             pair, experts_ptr, adapters_ptr, num_tokens, PAIRS, TOP_K, NUM_ADAPTERS, GROUPS
         )
+        real = group < GROUPS
+        # Before a pair come those of its group in earlier blocks, and those of earlier groups.
+        last = group[:, None] - (any_block >= block).to(tl.int32)[None, :]
+        inside = (real[:, None] & (last >= 0)) & (any_block < BLOCKS)[None, :]
+        counts = tl.load(counts_ptr + last * BLOCKS + any_block[None, :], mask=inside, other=0)
         before = tl.zeros([PART, CHUNK], tl.int32)
-        for start in range(0, BLOCK, CHUNK):
+        for start in tl.static_range(0, BLOCK, CHUNK):
             other = block * BLOCK + start + tl.arange(0, CHUNK)
             other_group = group_of_pairs(
                 other, experts_ptr, adapters_ptr, num_tokens, PAIRS, TOP_K, NUM_ADAPTERS, GROUPS
             )
             earlier = other[None, :] < pair[:, None]
             before += (earlier & (other_group[None, :] == group[:, None])).to(tl.int32)
-        real = group < GROUPS
-        first_row = tl.load(first_rows_ptr + block * GROUPS + group, mask=real, other=0)
         # Padding comes last in the batch, so it keeps its place.
-        row = tl.where(real, first_row + tl.sum(before, 1), pair)
-        write_pairs(pair, row, group, num_rows, order_ptr, row_of_pair_ptr, group_of_row_ptr, PAIRS)
+        row = tl.where(real, tl.sum(counts, 1) + tl.sum(before, 1), pair)
+        write_pairs(
+            pair,
+            row,
+            group,
+            num_tokens * TOP_K,
+            order_ptr,
+            row_of_pair_ptr,
+            group_of_row_ptr,
+            PAIRS,
+        )
