@@ -16,6 +16,7 @@ import torch
 from moelora_jax.config import MoeConfig
 from moelora_jax.moe import MoeParams, moe_experts, moe_workspace_shapes
 from moelora_kernels import (
+    PAGE_ROWS,
     SIGNALS,
     ExpertGroups,
     LinearMap,
@@ -24,6 +25,7 @@ from moelora_kernels import (
     linear_lora,
     prepare_heads,
     route,
+    shrink,
     sort_tokens,
 )
 from moelora_kernels.linear import api as linear_api
@@ -77,6 +79,12 @@ DENSE_SHAPES = (Shape(7, 1, 1, 32, 32, 5, 4), Shape(33, 1, 1, 20, 48, 10, 2))
 #: Runs of rows, and a second step over pages and over adapters.
 RUNS = ShrinkTiles(block_k=32, num_warps=1, num_stages=1, run_rows=16, slots=2)
 PRODUCTS = GemmTiles(16, 16, 1, 1)
+#: More rows than runs have and fewer, few programs and many, one sum and several.
+SHRINKS = (
+    ShrinkTiles(block_k=16, num_warps=1, num_stages=1, run_rows=32, slots=1),
+    ShrinkTiles(block_k=64, num_warps=4, num_stages=1, run_rows=16, slots=1),
+    ShrinkTiles(block_k=32, num_warps=2, num_stages=1, run_rows=16, slots=3),
+)
 #: One launch; few launches; a launch for each task.
 TILES = (
     MoeTiles(16, PRODUCTS, GemmTiles(32, 32, 1, 1), one_launch=True),
@@ -146,6 +154,46 @@ def check_layer(
     base = layer(case, "triton", lora=False, tiles=tiles, bias=bias)
     assert out[base_rows].tobytes() == base[base_rows].tobytes()
     print("layer", tuple(shape), dtype, num_tokens, error, flush=True)
+
+
+def check_shrink(case: LayerCase, tiles: ShrinkTiles) -> None:
+    """Rank activations of gate and up, and of down, where they are defined."""
+    shape = case.shape
+    pages = case.pages()
+    options: Any = {"pairs": shape.pairs, "tile_rows": 16}
+    sort = sort_tokens(
+        jnp.asarray(case.experts),
+        jnp.asarray(case.adapter_of_token),
+        case.device_num_tokens,
+        num_experts=shape.experts,
+        num_adapters=shape.adapters,
+        tile_rows=16,
+        implementation="reference",
+    )
+    hidden = np.random.default_rng(0).normal(size=(shape.pairs, shape.intermediate))
+    assert sort.group_of_row is not None
+    group = np.asarray(sort.group_of_row[...])
+    adapter, expert = group % (shape.adapters + 1) - 1, group // (shape.adapters + 1)
+    for sites, x, top_k in (
+        ((pages.gate, pages.up), case.x, shape.top_k),
+        ((pages.down,), hidden, None),
+    ):
+        expected, actual = (
+            np.asarray(
+                shrink(
+                    case.cast(x), sort, sites, case.layer, top_k=top_k, tiles=tiles,
+                    implementation=name, **options,  # type: ignore[arg-type]
+                )[...]
+            )
+            for name in ("reference", "triton")
+        )  # fmt: skip
+        for site, want, got in zip(sites, expected, actual, strict=True):
+            table = np.asarray(site.table)[LAYER, 0]
+            has_page = (table[adapter, :, expert] >= 0) & ((group >= 0) & (adapter >= 0))[:, None]
+            defined = np.repeat(has_page, PAGE_ROWS, axis=1)
+            error = relative_error(got[defined], want[defined].astype(np.float64))
+            assert error <= 1e-5, (tiles, error)
+    print("shrink", tuple(shape), tiles, flush=True)
 
 
 def check_sort() -> None:
@@ -343,7 +391,13 @@ def main() -> None:
     # The form for large batches, in blocks that a small one fills.
     sort.MAX_COUNTED_PAIRS, sort.BLOCK_PAIRS = 0, 128
     check_sort()
-    # The interpreter cannot multiply bfloat16.
+    # Runs of several windows, which are cut; the interpreter cannot multiply bfloat16.
+    for spec in (
+        LayerSpec(Shape(90, 2, 3, 40, 24, 3, 1), num_tokens=80, assignment="runs"),
+        LayerSpec(Shape(40, 3, 6, 40, 24, 10, 3), num_tokens=39),
+    ):
+        for shrink_tiles in SHRINKS:
+            check_shrink(LayerCase(spec), shrink_tiles)
     for shape in SHAPES:
         for tiles in TILES if shape.tokens > 1 else TILES[:1]:
             check_layer(shape, "float32", None, tiles, bias=shape.tokens == 1)

@@ -16,6 +16,7 @@ for programs that run or are done.
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import jax
@@ -33,8 +34,8 @@ from moelora_kernels.types import PAGE_ROWS, SIGNALS, Buffer, SitePages, TokenSo
 
 #: Rows whose runs a few programs of the shrink share.
 WINDOW_ROWS = 16
-#: Longer runs are cut here, for programs to share.
-CUT_ROWS = 128
+#: Pages that a program of the shrink multiplies at once, at most.
+STACK_PAGES = 8
 #: Columns of a page that a warp of a product loads at once when it shrinks.
 SHRINK_COLUMNS = 64
 
@@ -53,32 +54,40 @@ def shrink(
     """See :func:`moelora_kernels.shrink`."""
     shape = (len(sites), pairs, sites[0].max_rank) if out is None else out.shape
     inputs = (x, sort.order, sort.group_of_row, scalar(layer), *_shrink_factors(sites))
-    constants: dict[str, object] = {
+    constants: dict[str, Any] = {
         "TOP_K": 0 if top_k is None else top_k,
         "Z_ROWS": shape[1],
         "Z_COLUMNS": shape[2],
         **_shrink_constants(x, sites, tiles.block_k),
     }
-    how = {"num_warps": tiles.num_warps, "num_stages": tiles.num_stages}
     grid: tuple[int, ...]
     if tiles.run_rows == 0:
         kernel, grid = shrink_rows, (pairs * len(sites),)
         constants["SITES"] = len(sites)
     else:
         kernel = shrink_runs
-        windows = triton.cdiv(pairs, WINDOW_ROWS)
-        grid = (windows * tiles.slots, sites[0].table.shape[3], len(sites))
+        pages = min(constants["PAGE_LANES"], STACK_PAGES // len(sites))
+        stack = pages * len(sites)
+        grid = (
+            triton.cdiv(pairs, WINDOW_ROWS) * tiles.slots,
+            triton.cdiv(constants["MAX_PAGES"], pages),
+        )
+        if stack > 2:  # More pages make a step wider and give more warps work.
+            tiles = replace(tiles, block_k=64, num_warps=4, num_stages=4)
+            constants["BLOCK_K"] = min(constants["BLOCK_K"], 64)
         constants |= {
             "PAIRS": pairs,
             "WINDOW_ROWS": WINDOW_ROWS,
             "RUN_ROWS": tiles.run_rows,
+            "SITES": len(sites),
+            "PAGES": pages,
             "SLOTS": tiles.slots,
-            "CUT_ROWS": CUT_ROWS,
             "PRECISION": precision(x.dtype),
         }
     outputs = [jax.ShapeDtypeStruct(shape, x.dtype)]
     refs = None if out is None else [out]
-    return launch(kernel, inputs, outputs, refs, Launch(grid, **how), **constants)[0]
+    how = Launch(grid, num_warps=tiles.num_warps, num_stages=tiles.num_stages)
+    return launch(kernel, inputs, outputs, refs, how, **constants)[0]
 
 
 def gate_up(
@@ -439,36 +448,56 @@ def shrink_runs(
     PAIRS: tl.constexpr,
     WINDOW_ROWS: tl.constexpr,
     RUN_ROWS: tl.constexpr,
+    SITES: tl.constexpr,
+    PAGES: tl.constexpr,
     SLOTS: tl.constexpr,
-    CUT_ROWS: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """The runs that begin in a window of rows, shared among ``SLOTS`` programs per page and site.
+    """The runs that begin in a window of rows, shared among ``SLOTS`` programs.
 
-    A run is a stretch of rows of one expert and adapter. Long ones are cut at multiples of
-    ``CUT_ROWS``, so that one adapter's batch still spreads over the device.
+    A run is a stretch of rows of one expert and adapter. Where it is long, a new one begins at
+    every multiple of ``RUN_ROWS`` that has as many of its rows before, so that one adapter's batch
+    spreads over the device. The pages of all sites are columns of one product, for which the rows
+    are read once.
     """
     window, program_slot = tl.program_id(0) // SLOTS, tl.program_id(0) % SLOTS
-    page, site = tl.program_id(1), tl.program_id(2)
     layer = tl.load(layer_ptr)
     rows = window * WINDOW_ROWS + tl.arange(0, WINDOW_ROWS)
-    group = tl.load(group_ptr + rows, mask=rows < PAIRS, other=-1)
-    before = tl.load(group_ptr + rows - 1, mask=(rows > 0) & (rows < PAIRS), other=-1)
+    inside = rows < PAIRS
+    group = tl.load(group_ptr + rows, mask=inside, other=-1)
+    before = tl.load(group_ptr + rows - 1, mask=inside & (rows > 0), other=-1)
+    earlier = tl.load(group_ptr + rows - RUN_ROWS, mask=inside & (rows >= RUN_ROWS), other=-1)
     # Rows of the base model have no run, nor do those past the last, whose group is -1.
     has_adapter = (group >= 0) & (group % (NUM_ADAPTERS + 1) > 0)
-    begins = has_adapter & ((group != before) | (rows % CUT_ROWS == 0))
-    slot = tl.cumsum(begins.to(tl.int32), 0) - 1
-    num_runs = tl.sum(begins.to(tl.int32), 0)
-    lane = tl.arange(0, RUN_ROWS)
-    for number in range(program_slot, num_runs, SLOTS):
-        chosen = begins & (slot == number)
-        row = tl.max(tl.where(chosen, rows, 0), 0)
-        run_group = tl.max(tl.where(chosen, group, 0), 0)
+    cut = (rows % RUN_ROWS == 0) & (group == earlier)
+    begins = (has_adapter & ((group != before) | cut)).to(tl.int32)
+    number = tl.where(begins > 0, tl.cumsum(begins, 0) - 1, -1)
+    COLUMNS: tl.constexpr = SITES * PAGES * PAGE_ROWS
+    page = tl.arange(0, SITES * PAGES)
+    site, page = page // PAGES, tl.program_id(1) * PAGES + page % PAGES
+    lane, depth = tl.arange(0, RUN_ROWS), tl.arange(0, BLOCK_K)
+    for run in range(program_slot, tl.sum(begins, 0), SLOTS):
+        row = tl.max(tl.where(number == run, rows, 0), 0)
+        run_group = tl.max(tl.where(number == run, group, 0), 0)
         adapter = run_group % (NUM_ADAPTERS + 1) - 1
         expert = run_group // (NUM_ADAPTERS + 1)
         entry = ((layer * 2 * NUM_ADAPTERS + adapter) * MAX_PAGES + page) * NUM_EXPERTS + expert
         factor = (layer * NUM_ADAPTERS + adapter) * NUM_EXPERTS + expert
-        end = tl.minimum((row // CUT_ROWS + 1) * CUT_ROWS, PAIRS)
+        entry_ptrs, scaling_ptrs = table_0_ptr + entry, scaling_0_ptr + factor + tl.zeros_like(site)
+        if SITES == 2:
+            entry_ptrs = tl.where(site == 0, entry_ptrs, table_1_ptr + entry)
+            scaling_ptrs = tl.where(site == 0, scaling_ptrs, scaling_1_ptr + factor)
+        pool_row = tl.load(entry_ptrs, mask=page < MAX_PAGES, other=-1)
+        scaling = spread(tl.load(scaling_ptrs), PAGE_ROWS)
+        has_page = spread(pool_row >= 0, PAGE_ROWS)
+        rank_row = spread(pool_row.to(tl.int64) * PAGE_ROWS, PAGE_ROWS)
+        rank_row += tl.arange(0, COLUMNS) % PAGE_ROWS
+        a_ptrs = pool_0_ptr + rank_row * WIDTH
+        if SITES == 2:
+            a_ptrs = tl.where(spread(site, PAGE_ROWS) == 0, a_ptrs, pool_1_ptr + rank_row * WIDTH)
+        a_tile = a_ptrs[:, None] + depth[None, :]
+        # The next run of the same rows begins here at the latest.
+        end = tl.minimum(((row + RUN_ROWS - 1) // RUN_ROWS + 1) * RUN_ROWS, PAIRS)
         while row < end:
             run_rows = row + lane
             same = run_rows < end
@@ -476,58 +505,33 @@ def shrink_runs(
             x_rows = run_rows
             if TOP_K > 0:
                 x_rows = tl.load(order_ptr + run_rows, mask=same, other=0) // TOP_K
-            x_ptrs = x_ptr + x_rows.to(tl.int64) * WIDTH
-            z_row = (site * Z_ROWS + run_rows).to(tl.int64)
-            z_ptrs = z_ptr + z_row * Z_COLUMNS + page * PAGE_ROWS
-            # A branch per site keeps the alignment of each pool known to the compiler.
-            if site == 0:
-                _shrink_run(
-                    x_ptrs, same, pool_0_ptr, table_0_ptr + entry, scaling_0_ptr + factor, z_ptrs,
-                    WIDTH, PAGE_ROWS, BLOCK_K, RUN_ROWS, PRECISION,
-                )  # fmt: skip
-            elif pool_1_ptr is not None:
-                _shrink_run(
-                    x_ptrs, same, pool_1_ptr, table_1_ptr + entry, scaling_1_ptr + factor, z_ptrs,
-                    WIDTH, PAGE_ROWS, BLOCK_K, RUN_ROWS, PRECISION,
-                )  # fmt: skip
-            rows_left = tl.sum(same.to(tl.int32), 0) == RUN_ROWS
-            row = tl.where(rows_left, row + RUN_ROWS, end)
+            x_tile = (x_ptr + x_rows.to(tl.int64) * WIDTH)[:, None] + depth[None, :]
+            z = tl.zeros([RUN_ROWS, COLUMNS], tl.float32)
+            for k in range(0, WIDTH, BLOCK_K):
+                x_mask, a_mask = same[:, None], has_page[:, None]
+                if WIDTH % BLOCK_K != 0:
+                    left = (k + depth < WIDTH)[None, :]
+                    x_mask, a_mask = x_mask & left, a_mask & left
+                x = tl.load(x_tile + k, mask=x_mask, other=0.0)
+                a = tl.load(a_tile + k, mask=a_mask, other=0.0)
+                z = tl.dot(x, tl.trans(a), z, input_precision=PRECISION)
+            column = tl.arange(0, COLUMNS)
+            rank = tl.program_id(1) * PAGES * PAGE_ROWS + column % (PAGES * PAGE_ROWS)
+            z_row = (column // (PAGES * PAGE_ROWS) * Z_ROWS)[None, :] + run_rows[:, None]
+            tl.store(
+                z_ptr + z_row.to(tl.int64) * Z_COLUMNS + rank[None, :],
+                (z * scaling[None, :]).to(z_ptr.dtype.element_ty),
+                mask=same[:, None] & (rank < MAX_PAGES * PAGE_ROWS)[None, :],
+            )
+            all_same = tl.sum(same.to(tl.int32), 0) == RUN_ROWS
+            row = tl.where(all_same, row + RUN_ROWS, end)
 
 
 @triton.jit
-def _shrink_run(
-    x_ptrs,
-    same,
-    pool_ptr,
-    entry_ptr,
-    scaling_ptr,
-    z_ptrs,
-    WIDTH: tl.constexpr,
-    PAGE_ROWS: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    RUN_ROWS: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
-    pool_row = tl.load(entry_ptr)
-    if pool_row >= 0:
-        scaling = tl.load(scaling_ptr)
-        rank = tl.arange(0, PAGE_ROWS)
-        column = tl.arange(0, BLOCK_K)
-        a_ptr = pool_ptr + pool_row.to(tl.int64) * PAGE_ROWS * WIDTH
-        x_tile = x_ptrs[:, None] + column[None, :]
-        a_tile = a_ptr + column[:, None] + rank[None, :] * WIDTH
-        z = tl.zeros([RUN_ROWS, PAGE_ROWS], tl.float32)
-        for k in range(0, WIDTH, BLOCK_K):
-            if WIDTH % BLOCK_K == 0:
-                x = tl.load(x_tile + k, mask=same[:, None], other=0.0)
-                a = tl.load(a_tile + k)
-            else:
-                left = k + column < WIDTH
-                x = tl.load(x_tile + k, mask=same[:, None] & left[None, :], other=0.0)
-                a = tl.load(a_tile + k, mask=left[:, None], other=0.0)
-            z = tl.dot(x, a, z, input_precision=PRECISION)
-        z = (z * scaling).to(z_ptrs.dtype.element_ty)
-        tl.store(z_ptrs[:, None] + rank[None, :], z, mask=same[:, None])
+def spread(values, TIMES: tl.constexpr):
+    """Each value ``TIMES`` times, one after another."""
+    size: tl.constexpr = values.shape[0]
+    return tl.reshape(tl.broadcast_to(values[:, None], [size, TIMES]), [size * TIMES])
 
 
 @triton.jit

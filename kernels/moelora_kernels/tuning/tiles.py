@@ -37,7 +37,7 @@ class ShrinkTiles:
     """Launch parameters of a shrink.
 
     Attributes:
-        block_k: summed columns of one step.
+        block_k: summed columns of one step, of up to two pages.
         num_warps: warps per program.
         num_stages: steps whose loads are in flight.
         run_rows: rows of a run that are multiplied at once; 0 for one program per row.
@@ -215,8 +215,9 @@ def shrink_rule(rows_per_expert: float, width: int, dtype: DTypeLike) -> ShrinkT
 
 
 def _shrink_of_runs(rows_per_expert: float) -> ShrinkTiles:
-    slots = 8 if rows_per_expert < 128 else 4
-    return ShrinkTiles(block_k=256, num_warps=2, num_stages=3, run_rows=16, slots=slots)
+    if rows_per_expert < 128:
+        return ShrinkTiles(block_k=128, num_warps=2, num_stages=4, run_rows=16, slots=8)
+    return ShrinkTiles(block_k=128, num_warps=2, num_stages=3, run_rows=32, slots=2)
 
 
 def dense_tiles(tokens: int, width: int, dtype: DTypeLike) -> tuple[ShrinkTiles, GemmTiles]:
