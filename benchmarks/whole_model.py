@@ -110,14 +110,15 @@ MODELS: dict[str, dict[str, Any]] = {
 
 #: Kinds of kernels, by what is found in their names. The first that matches counts.
 KINDS = {
-    "experts": "layer_in_one_launch|token_layer|gate_up|down_tile|combine|sort|count_|scan_|place_"
+    "experts": "layer_in_one_launch|token_|gate_up|down_|combine|sort|count_|scan_|place_"
     "|list_steps|grouped_product",
     "router": "route_token",
     "attention": "attend_tiles|join_splits",
-    "lora of linear maps": "dense|shrink",
+    "linear maps": "linear_tiles|dense|shrink",
+    "norms and heads": "add_and_normalise|prepare_group",
     "cache": "scatter|write_cache",
     "copies": "memcpy|memset|copy|dynamic.slice",
-    "matrix products": "gemm|gemv|nvjet|cutlass|cublas|splitk|dot|linear",
+    "matrix products": "gemm|gemv|nvjet|cutlass|cublas|splitk|dot",
 }
 
 #: Steps of the engine that are timed.
@@ -231,7 +232,7 @@ def by_kind(kernels: dict[str, tuple[float, float]]) -> dict[str, tuple[float, f
     totals: dict[str, tuple[float, float]] = {}
     for name, (us, launches) in kernels.items():
         matching = (k for k, pattern in KINDS.items() if re.search(pattern, name, re.IGNORECASE))
-        kind = next(matching, "norms, rotations and other fusions")
+        kind = next(matching, "other fusions")
         before = totals.get(kind, (0.0, 0.0))
         totals[kind] = before[0] + us, before[1] + launches
     return totals
