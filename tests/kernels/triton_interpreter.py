@@ -391,13 +391,15 @@ def main() -> None:
     # The form for large batches, in blocks that a small one fills.
     sort.MAX_COUNTED_PAIRS, sort.BLOCK_PAIRS = 0, 128
     check_sort()
-    # Runs of several windows, which are cut; the interpreter cannot multiply bfloat16.
-    for spec in (
-        LayerSpec(Shape(90, 2, 3, 40, 24, 3, 1), num_tokens=80, assignment="runs"),
-        LayerSpec(Shape(40, 3, 6, 40, 24, 10, 3), num_tokens=39),
+    # Runs of several windows, which are cut; more pages than are multiplied at once.
+    for spec, stack_pages in (
+        (LayerSpec(Shape(90, 2, 3, 40, 24, 3, 1), num_tokens=80, assignment="runs"), 8),
+        (LayerSpec(Shape(40, 3, 6, 40, 24, 10, 3), num_tokens=39), 4),
     ):
+        expert_lora.STACK_PAGES = stack_pages
         for shrink_tiles in SHRINKS:
             check_shrink(LayerCase(spec), shrink_tiles)
+    # The interpreter cannot multiply bfloat16.
     for shape in SHAPES:
         for tiles in TILES if shape.tokens > 1 else TILES[:1]:
             check_layer(shape, "float32", None, tiles, bias=shape.tokens == 1)
