@@ -170,7 +170,12 @@ def moe_tiles(
         if measured:
             counts = sorted(map(int, measured))
             nearest = max((count for count in counts if count <= tokens), default=counts[0])
-            return MoeTiles.from_json(measured[str(nearest)])
+            tiles = MoeTiles.from_json(measured[str(nearest)])
+            if isinstance(tiles.gate_up, MosaicTiles) and jax.__version_info__ >= (0, 12):
+                # From that version on the assembler ignores ``setmaxnreg``, and the sums of more
+                # rows do not fit into registers.
+                tiles = replace(tiles, tile_rows=min(tiles.tile_rows, 128))
+            return tiles
     return MoeTiles(*gemm_rule(rows, dtype), one_launch=tokens * top_k <= ONE_LAUNCH_PAIRS)
 
 
