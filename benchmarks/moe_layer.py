@@ -256,6 +256,7 @@ def main() -> None:
     parser.add_argument("--budget", type=float, default=0.3, help="seconds per timing")
     parser.add_argument("--router", action="store_true", help="also time it with the router")
     parser.add_argument("--launches", default="table", choices=["table", "one", "several"])
+    parser.add_argument("--lock", help="file that processes which share the device measure under")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     points = points_of(arguments)
@@ -307,7 +308,7 @@ def run_workers(points: Sequence[Point], arguments: argparse.Namespace) -> Itera
     with tempfile.NamedTemporaryFile() as lock:
 
         def run(point: Point) -> str:
-            spec = json.dumps({"point": asdict(point), "lock": lock.name})
+            spec = json.dumps({"point": asdict(point), "lock": arguments.lock or lock.name})
             command = [sys.executable, "-m", "benchmarks.moe_layer", "--worker", spec]
             command += ["--budget", str(arguments.budget)]
             command += ["--launches", arguments.launches]
