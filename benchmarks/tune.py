@@ -97,10 +97,12 @@ def shrink_candidates(rows_per_expert: float) -> list[ShrinkTiles]:
     """Tiles of a shrink in a launch of its own; none where the product's launch shrinks as well."""
     if rows_per_expert < 4:
         return []
-    sizes = ((256, 1, 3), (256, 2, 3), (256, 4, 3), (512, 4, 3))
+    sizes = ((128, 2, 3), (128, 2, 4), (128, 4, 4), (256, 2, 3), (512, 2, 4), (512, 4, 3))
     return [
-        ShrinkTiles(block_k, warps, stages, run_rows=16, slots=slots)
-        for (block_k, warps, stages), slots in itertools.product(sizes, (4, 8))
+        ShrinkTiles(block_k, warps, stages, run_rows, slots)
+        for (block_k, warps, stages), (run_rows, slots) in itertools.product(
+            sizes, ((16, 8), (32, 2))
+        )
     ]
 
 
