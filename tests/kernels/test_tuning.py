@@ -2,11 +2,12 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
-import moelora_kernels.tuning
-from moelora_kernels.tuning.tiles import MoeTiles, MosaicTiles
+import moelora_kernels.tuning.tiles
+from moelora_kernels.tuning.tiles import MoeTiles, MosaicTiles, moe_tiles
 
 TABLES = sorted(Path(moelora_kernels.tuning.__file__).parent.glob("*.json"))
 
@@ -22,6 +23,17 @@ def test_tables_are_read_as_they_are_written(path: Path) -> None:
                 if isinstance(product, MosaicTiles):
                     assert not tiles.one_launch
                     require_sizes(tiles.tile_rows, "bfloat16", hidden, intermediate)
+
+
+@pytest.mark.parametrize(("version", "rows"), [((0, 11, 2), 160), ((0, 12, 0), 128)])
+def test_tiles_fit_the_registers_that_jax_gives(
+    monkeypatch: pytest.MonkeyPatch, version: tuple[int, ...], rows: int
+) -> None:
+    device = SimpleNamespace(device_kind="NVIDIA H200", compute_capability="9.0")
+    jax = SimpleNamespace(__version_info__=version, devices=lambda: [device])
+    monkeypatch.setattr(moelora_kernels.tuning.tiles, "jax", jax)
+    mixtral = {"num_experts": 8, "top_k": 2, "hidden": 4096, "intermediate": 14336}
+    assert moe_tiles(**mixtral, tokens=512, dtype="bfloat16").tile_rows == rows
 
 
 def require_sizes(tile_rows: int, dtype: str, hidden: int, width: int) -> None:
