@@ -115,10 +115,11 @@ class ServerTarget(AbstractAsyncContextManager["ServerTarget"]):
             raise MoeLoraError(
                 f"{cause}: loading a server needs more packages: pip install 'moelora-jax[bench]'"
             ) from cause
-        # As many connections as requests: the load must not wait for one.
+        # As many connections as requests: the load must not wait for one. Many servers close those
+        # that are idle for 5 seconds; a request must not meet one that is just being closed.
         self._session = aiohttp.ClientSession(
             headers=self._headers,
-            connector=aiohttp.TCPConnector(limit=0),
+            connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=2),
             timeout=aiohttp.ClientTimeout(total=None, sock_connect=30),
         )
         return self

@@ -13,6 +13,10 @@ from moelora_jax.server.app import Service, create_app
 #: Seconds that connections have to send what is already answered.
 _CLOSING_SECONDS = 5
 
+#: How long an idle connection is kept. Longer than clients keep theirs, or a request now and then
+#: meets a connection that is just being closed.
+_IDLE_SECONDS = 75
+
 
 class Server(uvicorn.Server):
     """A server that drains on SIGTERM or SIGINT; a second signal ends it at once.
@@ -37,6 +41,7 @@ class Server(uvicorn.Server):
                 server_header=False,
                 log_level="warning",
                 timeout_graceful_shutdown=_CLOSING_SECONDS,
+                timeout_keep_alive=_IDLE_SECONDS,
             )
         )
         self._service = service
