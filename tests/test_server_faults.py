@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -458,3 +459,17 @@ def test_a_second_signal_waits_for_nothing(llm: LLM, folder: Path) -> None:
     stats = server.service.engine.stats()
     assert stats.finished["cancelled"] > 0
     assert stats.submitted == sum(stats.finished.values())
+
+
+def test_an_idle_connection_is_kept(server: Served) -> None:
+    """Clients keep theirs for some seconds; a request must not meet one that is being closed."""
+    connection = HTTPConnection("127.0.0.1", server.port, timeout=60)
+    connection.auto_open = 0  # It must not connect again by itself.
+    with contextlib.closing(connection):
+        connection.connect()
+        for pause in (6, 0):  # Longer than the 5 seconds that many servers wait.
+            connection.request("GET", "/health")
+            response = connection.getresponse()
+            assert response.status == 200
+            response.read()
+            time.sleep(pause)
