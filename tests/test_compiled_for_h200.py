@@ -9,6 +9,8 @@ from typing import Any
 
 import pytest
 
+from moelora_kernels.tuning.tiles import SHARED_MEMORY
+
 #: JAX's GPU plugin alone, where `make setup` puts it.
 PLUGIN = Path(sys.prefix) / "h200"
 ROOT = Path(__file__).resolve().parent.parent
@@ -28,7 +30,7 @@ def mosaic_programs() -> dict[str, dict[str, Any]]:
     return compiled("h200_mosaic.py")
 
 
-def compiled(script: str) -> dict[str, dict[str, Any]]:
+def compiled(script: str) -> Any:
     path = os.pathsep.join([str(PLUGIN), os.environ.get("PYTHONPATH", "")])
     done = subprocess.run(
         [sys.executable, ROOT / "tests" / script],
@@ -129,3 +131,12 @@ def test_mosaic_kernels_keep_their_sums_in_registers(mosaic_programs: dict[str, 
             assert "sm_90a" in message
             assert "serialized" not in message
             assert "0 bytes spill stores, 0 bytes spill loads" in message
+
+
+def test_linear_maps_fit_into_shared_memory() -> None:
+    """Where they do not, the launch fails on the GPU, and nowhere before."""
+    kernels = compiled("h200_linear.py")
+    assert {kernel["kernel"] for kernel in kernels} == {"linear_tiles", "shrink_tiles"}
+    assert len(kernels) == 10  # Two for each case; one has no launch without LoRA, and two with it.
+    for kernel in kernels:
+        assert kernel["shared"] <= SHARED_MEMORY["9.0"], kernel

@@ -95,6 +95,7 @@ TILES = (
 
 #: One or several tiles of rows.
 LINEAR_TILES = (LinearTiles(16, 16, 16, 1, 1), LinearTiles(64, 16, 32, 1, 1))
+LINEAR_LORA_TILES = LinearTiles(32, 16, 32, 1, 1, shrink_rows=16, shrink_k=32)
 
 
 def layer(
@@ -279,7 +280,9 @@ def check_linear(shape: Shape, dtype: str, num_maps: int, tiles: LinearTiles | N
     """
     linear_api.MAX_ROWS = 0 if tiles is None else 128
     linear_api.linear_tiles = lambda *_: tiles
-    linear_api.linear_lora_tiles = lambda *_: LinearTiles(32, 16, 32, 1, 1, shrink_rows=16)
+    linear_api.linear_lora_tiles = lambda *_: LinearTiles(
+        32, 16, 32, 1, 1, shrink_rows=16, shrink_k=32
+    )
     case = LayerCase(LayerSpec(shape, dtype=dtype, num_tokens=shape.tokens - 1, seed=4))  # type: ignore[arg-type]
     rng = np.random.default_rng(0)
 

@@ -53,7 +53,8 @@ def linear_lora(
         from moelora_kernels.linear import triton
 
         if len(x) <= MAX_ROWS:
-            tiles = linear_tiles(len(x), sum(m.weight.shape[1] for m in maps), x.dtype)
+            outputs = sum(m.weight.shape[1] for m in maps)
+            tiles = linear_tiles(len(x), outputs, len(maps), x.dtype)
             return triton.linear_lora(x, maps, layer, sort, signals, dtype, tiles)
         # One copy from the stacks, and one product whose results lie side by side.
         weight = jnp.concatenate([m.weight[layer] for m in maps])

@@ -107,7 +107,7 @@ def shrink(
         Z_COLUMNS=site.max_rank,
         SHARED_BY=SHARED_BY,
         BLOCK_M=tiles.shrink_rows,
-        BLOCK_K=min(256, max(triton.next_power_of_2(width), 16)),
+        BLOCK_K=min(tiles.shrink_k, max(triton.next_power_of_2(width), 16)),
         PRECISION=precision(x.dtype),
     )
     return z

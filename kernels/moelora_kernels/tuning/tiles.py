@@ -14,6 +14,8 @@ import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
+from moelora_kernels.types import PAGE_ROWS
+
 #: Bytes of shared memory that one program can have, by compute capability.
 SHARED_MEMORY = {
     "8.0": 163 * 1024,
@@ -91,6 +93,7 @@ class LinearTiles:
         stack: pages of adapters that are multiplied at once.
         shrink_rows: rows of a tile of the launch before that makes the rank activations, where
             there is one.
+        shrink_k: summed columns of one of its steps.
     """
 
     block_m: int
@@ -100,6 +103,7 @@ class LinearTiles:
     num_stages: int
     stack: int = 4
     shrink_rows: int = 0
+    shrink_k: int = 0
 
 
 @dataclass(frozen=True)
@@ -204,9 +208,8 @@ def gemm_rule(rows_per_expert: float, dtype: DTypeLike) -> tuple[int, GemmTiles,
 
 def _fit(tiles: GemmTiles, tile_rows: int, matrices: int) -> GemmTiles:
     """The tiles with as many stages as the shared memory of the GPU holds, at 16 bits a number."""
-    capability = getattr(jax.devices()[0], "compute_capability", "9.0")
     stage = 2 * tiles.block_k * (tile_rows + matrices * tiles.block_n)
-    stages = SHARED_MEMORY.get(capability, min(SHARED_MEMORY.values())) // stage
+    stages = _shared_memory() // stage
     return replace(tiles, num_stages=max(1, min(tiles.num_stages, stages)))
 
 
@@ -232,26 +235,44 @@ def dense_tiles(tokens: int, width: int, dtype: DTypeLike) -> tuple[ShrinkTiles,
     return shrink, GemmTiles(block_n=128, block_k=64, num_warps=4, num_stages=1)
 
 
-def linear_tiles(tokens: int, outputs: int, dtype: DTypeLike) -> LinearTiles:
-    """Tiles of linear maps that have so many output columns together."""
+def linear_tiles(tokens: int, outputs: int, maps: int, dtype: DTypeLike) -> LinearTiles:
+    """Tiles of so many linear maps of few rows, which have ``outputs`` columns together."""
     block_m = 16 if tokens <= 16 else 32 if tokens <= 32 else 64
     if jnp.dtype(dtype) == jnp.float32:
         return LinearTiles(min(block_m, 32), 32, 32, num_warps=4, num_stages=2)
     # Narrow blocks, so that all processors read weights; rows are in the L2 cache.
     block_n, block_k = (16, 256) if block_m < 64 else (32, 128)
     programs = -(-outputs // block_n) * -(-tokens // block_m)
-    capability = getattr(jax.devices()[0], "compute_capability", "9.0")
-    room = SHARED_MEMORY.get(capability, min(SHARED_MEMORY.values())) // -(-programs // PROCESSORS)
-    stages = max(2, min(6, room // (2 * block_k * (block_m + block_n))))
-    return LinearTiles(block_m, block_n, block_k, 4, stages, stack=4 if block_m == 16 else 8)
+    memory = _shared_memory()
+
+    def stages(block_k: int) -> int:
+        # Each map has a loop of its own, and Triton may give two of them, at worst all, buffers
+        # that do not overlap.
+        stage = 2 * block_k * (block_m + block_n)
+        resident = memory // -(-programs // PROCESSORS) // (stage * min(maps, 2))
+        return min(6, max(2, resident), memory // (stage * maps))
+
+    while stages(block_k) < 3 and block_k > 32:
+        block_k //= 2
+    stack = 4 if block_m == 16 else 8
+    return LinearTiles(block_m, block_n, block_k, 4, max(1, stages(block_k)), stack)
 
 
 def linear_lora_tiles(tokens: int, dtype: DTypeLike) -> LinearTiles:
     """Tiles of the launches that add LoRA to linear maps of many rows."""
-    rows = 16 if tokens <= 1024 else 32
-    if jnp.dtype(dtype) == jnp.float32:
-        return LinearTiles(32, 32, 32, num_warps=4, num_stages=2, shrink_rows=rows)
-    return LinearTiles(32, 128, 64, num_warps=4, num_stages=1, stack=4, shrink_rows=rows)
+    rows, is_float32 = 16 if tokens <= 1024 else 32, jnp.dtype(dtype) == jnp.float32
+    # Three stages of rows and pages, twice, as above.
+    columns = _shared_memory() // (2 * 3 * (rows + PAGE_ROWS) * jnp.dtype(dtype).itemsize)
+    shrink_k = next(k for k in (256, 128, 64, 32) if k <= max(columns, 32))
+    if is_float32:
+        return LinearTiles(32, 32, 32, 4, 2, shrink_rows=rows, shrink_k=shrink_k)
+    return LinearTiles(32, 128, 64, 4, 1, shrink_rows=rows, shrink_k=shrink_k)
+
+
+def _shared_memory() -> int:
+    """Bytes of shared memory that one program can have on the default device."""
+    capability = getattr(jax.devices()[0], "compute_capability", "9.0")
+    return SHARED_MEMORY.get(capability, min(SHARED_MEMORY.values()))
 
 
 @functools.cache

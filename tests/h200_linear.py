@@ -1,0 +1,84 @@
+"""Run in a process of its own: compiles linear maps with LoRA for an H200, without and with LoRA.
+
+Prints one JSON list: for each kernel the case, its name and the shared memory of one program.
+"""
+
+import json
+import os
+import re
+import sys
+import tempfile
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "kernels")]
+DUMP = tempfile.TemporaryDirectory()
+os.environ["JAX_TRITON_DUMP_DIR"] = DUMP.name
+
+from tests.h200_compiler import compile_for_h200  # noqa: E402, I001
+
+import jax  # noqa: E402
+import jax.numpy as jnp  # noqa: E402
+
+from moelora_kernels import SIGNALS, LinearMap, SitePages, TokenSort, linear_lora  # noqa: E402
+
+#: Tokens, width, outputs of the maps, adapters, pages of each, dtype.
+CASES = (
+    (8, 2048, (4096, 512, 512), 16, 1, "bfloat16"),
+    (128, 2048, (4096, 512, 512), 16, 1, "bfloat16"),
+    (128, 4096, (2048,), 64, 4, "bfloat16"),
+    (128, 320, (192, 192, 9), 64, 4, "bfloat16"),
+    (1100, 136, (72, 72, 9), 64, 8, "float32"),
+)
+
+
+def shape(*sizes: int, dtype: str = "int32") -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(sizes, dtype)
+
+
+def main() -> None:
+    report = []
+    for tokens, width, outputs, adapters, pages, dtype in CASES:
+        maps = [
+            LinearMap(
+                shape(2, out, width, dtype=dtype),
+                None,
+                SitePages(
+                    shape(800, 16, width, dtype=dtype),
+                    shape(800, 16, out, dtype=dtype),
+                    shape(2, 2, adapters, pages, 1),
+                    shape(2, adapters, 1, dtype="float32"),
+                ),
+            )
+            for out in outputs
+        ]
+        row = shape(tokens)
+        sort = TokenSort(row, row, shape(tokens, 3), None, row)
+        for lora in (False, True):
+
+            def program(signals, x, maps, layer, sort, lora=lora):
+                counters = jax.new_ref(signals)
+                y = linear_lora(
+                    x,
+                    maps,
+                    layer,
+                    sort=sort if lora else None,
+                    signals=counters,
+                    implementation="triton",
+                )
+                return jax.freeze(counters), y
+
+            before = set(Path(DUMP.name).iterdir())
+            x = shape(tokens, width, dtype=dtype)
+            arguments = (shape(*SIGNALS), x, maps, jnp.int32(0), sort)
+            compile_for_h200(program, *arguments, donate_argnums=0)
+            for folder in set(Path(DUMP.name).iterdir()) - before:
+                (file,) = folder.glob("*.compile_info")
+                (shared,) = re.findall(r"shared_mem_bytes: (\d+)", file.read_text())
+                case = [tokens, width, list(outputs), lora]
+                report.append({"case": case, "kernel": file.stem, "shared": int(shared)})
+    print(json.dumps(report))
+
+
+if __name__ == "__main__":
+    main()
