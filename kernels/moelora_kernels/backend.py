@@ -9,7 +9,7 @@ import importlib.metadata
 import logging
 import os
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -85,7 +85,7 @@ def launch(
 
     Args:
         kernel: a ``triton.jit`` function.
-        inputs: arrays, references, tuples of them, or None for a pointer that is not read.
+        inputs: arrays, references, or None for a pointer that is not read.
         outputs: shapes and dtypes of new outputs.
         refs: references to write instead; None makes new, uninitialised outputs.
         how: grid, warps and stages.
@@ -94,28 +94,36 @@ def launch(
     Returns:
         The references, or the new arrays.
     """
-    options = {
-        "kernel": kernel,
-        "grid": how.grid,
-        "num_warps": how.num_warps,
-        "num_stages": how.num_stages,
-        "name": kernel.fn.__name__,
-    }
-    call = jax_triton().triton_call
-    outs: dict[str, Any] = {"out_type": tuple(outputs) if refs is None else ()}
-    written: list[Any] = [value for value in (*inputs, *(refs or ())) if isinstance(value, jax.Ref)]
+    call = functools.partial(
+        jax_triton().triton_call,
+        kernel=kernel,
+        out_type=tuple(outputs) if refs is None else (),
+        grid=how.grid,
+        num_warps=how.num_warps,
+        num_stages=how.num_stages,
+        name=kernel.fn.__name__,
+        **constants,
+    )
+    results = call_in_place(call, *inputs, *(refs or ()))
+    return tuple(results if refs is None else refs)
+
+
+def call_in_place(call: Callable[..., Any], *operands: Buffer | None) -> Any:
+    """``call(*operands)``, a launch that writes over those of its operands that are references.
+
+    XLA may fuse a launch with the slice that it reads, or that its result is put into, and then
+    forgets that it writes over operands. No fusion crosses a barrier.
+    """
+    written: list[Any] = [value for value in operands if isinstance(value, jax.Ref)]
     if not written:
-        return tuple(call(*inputs, **outs, **options, **constants))
-    # XLA may fuse a launch with the slice that it reads or that its result is put into, and then
-    # forgets that the launch writes over its operands. No fusion crosses a barrier.
-    arrays = [value for value in inputs if isinstance(value, Array)]
-    barred = iter(lax.optimization_barrier(arrays))
-    inputs = [next(barred) if isinstance(value, Array) else value for value in inputs]
-    results = call(*inputs, *(refs or ()), **outs, **options, **constants)
-    values = lax.optimization_barrier([ref[...] for ref in written])
+        return call(*operands)
+    barred = iter(lax.optimization_barrier([v for v in operands if isinstance(v, Array)]))
+    results = call(*(next(barred) if isinstance(v, Array) else v for v in operands))
+    values = [ref[...] for ref in written]
+    results, values = lax.optimization_barrier((results, values))
     for ref, value in zip(written, values, strict=True):
         ref[...] = value
-    return tuple(results if refs is None else refs)
+    return results
 
 
 @functools.cache

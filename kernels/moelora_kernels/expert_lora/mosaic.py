@@ -31,7 +31,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jax.typing import DTypeLike
 
-from moelora_kernels.backend import Launch, launch, scalar
+from moelora_kernels.backend import Launch, call_in_place, launch, scalar
 from moelora_kernels.buffers import given_or_new, result
 from moelora_kernels.expert_lora import reference
 from moelora_kernels.expert_lora.triton import find_adapters, shrink, tile_adapters
@@ -584,8 +584,8 @@ def grouped_product(
     inputs: tuple[Buffer, ...] = (sort.expert_tiles, scalar(layer), rows, weight.reshape(-1, depth))
     inputs += (*lora_inputs, *bias_inputs)
     if out is None:
-        return kernel(*inputs)
-    kernel(*inputs, out)
+        return call_in_place(kernel, *inputs)
+    call_in_place(kernel, *inputs, out)
     return out
 
 
