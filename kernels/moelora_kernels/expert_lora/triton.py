@@ -670,12 +670,12 @@ def add_expand(
     for first_page in tl.static_range(0, MAX_PAGES, PAGES):
         if num_slots > 0:
             z = load_ranks(rows, adapter, first_page, z_ptr, Z_COLUMNS, PAGES, PAGE_ROWS)
-            for first_slot in tl.range(0, num_slots, SLOTS, num_stages=1):
-                if (first_slot > 0) | (first_page > 0):
-                    slot_adapter, mine = find_adapters(first_slot, adapter, slot, SLOTS)
-                    pool_row = find_pages(
-                        slot_adapter, first_page, table_ptr, NUM_EXPERTS, MAX_PAGES, PAGES
-                    )
+            # Looked up again, so that pages are copied ahead.
+            for first_slot in tl.range(0, num_slots, SLOTS, num_stages=3):
+                slot_adapter, mine = find_adapters(first_slot, adapter, slot, SLOTS)
+                pool_row = find_pages(
+                    slot_adapter, first_page, table_ptr, NUM_EXPERTS, MAX_PAGES, PAGES
+                )
                 b = load_pages(pool_row, columns, pool_ptr, WIDTH, SLOTS, PAGES, PAGE_ROWS)
                 stacked = stack_ranks(z, mine, pool_row, ROWS, SLOTS, PAGES, PAGE_ROWS)
                 total = tl.dot(stacked, b, total, input_precision=PRECISION)
@@ -895,17 +895,15 @@ def gate_up_tile(
                     up_z = load_ranks(
                         rows, adapter, first_page, up_z_ptr, Z_COLUMNS, PAGES, PAGE_ROWS
                     )
-                    for first_slot in tl.range(0, num_slots, SLOTS, num_stages=1):
-                        if (first_slot > 0) | (first_page > 0):
-                            slot_adapter, mine = find_adapters(first_slot, adapter, slot, SLOTS)
-                            gate_row = find_pages(
-                                slot_adapter, first_page, gate_table_ptr,
-                                NUM_EXPERTS, MAX_PAGES, PAGES,
-                            )  # fmt: skip
-                            up_row = find_pages(
-                                slot_adapter, first_page, up_table_ptr,
-                                NUM_EXPERTS, MAX_PAGES, PAGES,
-                            )  # fmt: skip
+                    # Looked up again, so that pages are copied ahead.
+                    for first_slot in tl.range(0, num_slots, SLOTS, num_stages=3):
+                        slot_adapter, mine = find_adapters(first_slot, adapter, slot, SLOTS)
+                        gate_row = find_pages(
+                            slot_adapter, first_page, gate_table_ptr, NUM_EXPERTS, MAX_PAGES, PAGES
+                        )
+                        up_row = find_pages(
+                            slot_adapter, first_page, up_table_ptr, NUM_EXPERTS, MAX_PAGES, PAGES
+                        )
                         gate_b = load_pages(
                             gate_row, columns, gate_b_ptr, INTERMEDIATE, SLOTS, PAGES, PAGE_ROWS
                         )
