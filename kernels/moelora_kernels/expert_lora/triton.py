@@ -81,6 +81,7 @@ def shrink(
             "RUN_ROWS": tiles.run_rows,
             "SITES": len(sites),
             "PAGES": pages,
+            "SLICES": tiles.num_warps if stack <= 2 else 1,
             "SLOTS": tiles.slots,
             "PRECISION": precision(x.dtype),
         }
@@ -450,6 +451,7 @@ def shrink_runs(
     RUN_ROWS: tl.constexpr,
     SITES: tl.constexpr,
     PAGES: tl.constexpr,
+    SLICES: tl.constexpr,
     SLOTS: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
@@ -475,7 +477,7 @@ def shrink_runs(
     COLUMNS: tl.constexpr = SITES * PAGES * PAGE_ROWS
     page = tl.arange(0, SITES * PAGES)
     site, page = page // PAGES, tl.program_id(1) * PAGES + page % PAGES
-    lane, depth = tl.arange(0, RUN_ROWS), tl.arange(0, BLOCK_K)
+    lane = tl.arange(0, RUN_ROWS)
     for run in range(program_slot, tl.sum(begins, 0), SLOTS):
         row = tl.max(tl.where(number == run, rows, 0), 0)
         run_group = tl.max(tl.where(number == run, group, 0), 0)
@@ -495,7 +497,6 @@ def shrink_runs(
         a_ptrs = pool_0_ptr + rank_row * WIDTH
         if SITES == 2:
             a_ptrs = tl.where(spread(site, PAGE_ROWS) == 0, a_ptrs, pool_1_ptr + rank_row * WIDTH)
-        a_tile = a_ptrs[:, None] + depth[None, :]
         # The next run of the same rows begins here at the latest.
         end = tl.minimum(((row + RUN_ROWS - 1) // RUN_ROWS + 1) * RUN_ROWS, PAIRS)
         while row < end:
@@ -505,16 +506,10 @@ def shrink_runs(
             x_rows = run_rows
             if TOP_K > 0:
                 x_rows = tl.load(order_ptr + run_rows, mask=same, other=0) // TOP_K
-            x_tile = (x_ptr + x_rows.to(tl.int64) * WIDTH)[:, None] + depth[None, :]
-            z = tl.zeros([RUN_ROWS, COLUMNS], tl.float32)
-            for k in range(0, WIDTH, BLOCK_K):
-                x_mask, a_mask = same[:, None], has_page[:, None]
-                if WIDTH % BLOCK_K != 0:
-                    left = (k + depth < WIDTH)[None, :]
-                    x_mask, a_mask = x_mask & left, a_mask & left
-                x = tl.load(x_tile + k, mask=x_mask, other=0.0)
-                a = tl.load(a_tile + k, mask=a_mask, other=0.0)
-                z = tl.dot(x, tl.trans(a), z, input_precision=PRECISION)
+            z = multiply_rows(
+                x_ptr + x_rows.to(tl.int64) * WIDTH, same, a_ptrs, has_page,
+                WIDTH, RUN_ROWS, COLUMNS, BLOCK_K, SLICES, PRECISION,
+            )  # fmt: skip
             column = tl.arange(0, COLUMNS)
             rank = tl.program_id(1) * PAGES * PAGE_ROWS + column % (PAGES * PAGE_ROWS)
             z_row = (column // (PAGES * PAGE_ROWS) * Z_ROWS)[None, :] + run_rows[:, None]
@@ -525,6 +520,50 @@ def shrink_runs(
             )
             all_same = tl.sum(same.to(tl.int32), 0) == RUN_ROWS
             row = tl.where(all_same, row + RUN_ROWS, end)
+
+
+@triton.jit
+def multiply_rows(
+    x_ptrs,
+    x_exists,
+    a_ptrs,
+    a_exists,
+    WIDTH: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    SLICES: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """``x · aᵀ`` in float32 of rows given by where they begin; those that do not exist are zero.
+
+    Each warp can sum up a slice of its own of every step. Otherwise the products of few rows and
+    columns are one chain, in which each waits for the one before.
+    """
+    SLICE: tl.constexpr = BLOCK_K // SLICES
+    if SLICES == 1:
+        k = tl.arange(0, BLOCK_K)[None, :]
+        x_ptrs, x_exists = x_ptrs[:, None] + k, x_exists[:, None]
+        a_ptrs, a_exists = a_ptrs[:, None] + k, a_exists[:, None]
+        z = tl.zeros([ROWS, COLUMNS], tl.float32)
+    else:
+        k = tl.arange(0, SLICES)[:, None, None] * SLICE + tl.arange(0, SLICE)[None, None, :]
+        x_ptrs, x_exists = x_ptrs[None, :, None] + k, x_exists[None, :, None]
+        a_ptrs, a_exists = a_ptrs[None, :, None] + k, a_exists[None, :, None]
+        z = tl.zeros([SLICES, ROWS, COLUMNS], tl.float32)
+    for start in range(0, WIDTH, BLOCK_K):
+        if WIDTH % BLOCK_K == 0:
+            x = tl.load(x_ptrs + start, mask=x_exists, other=0.0)
+            a = tl.load(a_ptrs + start, mask=a_exists, other=0.0)
+        else:
+            left = start + k < WIDTH
+            x = tl.load(x_ptrs + start, mask=x_exists & left, other=0.0)
+            a = tl.load(a_ptrs + start, mask=a_exists & left, other=0.0)
+        if SLICES == 1:
+            z = tl.dot(x, tl.trans(a), z, input_precision=PRECISION)
+        else:
+            z = tl.dot(x, tl.permute(a, [0, 2, 1]), z, input_precision=PRECISION)
+    return z if SLICES == 1 else tl.sum(z, 0)
 
 
 @triton.jit
