@@ -29,7 +29,7 @@ from jax.typing import DTypeLike
 from moelora_kernels.backend import Launch, launch, scalar
 from moelora_kernels.buffers import given_or_new
 from moelora_kernels.tiles import max_tiles
-from moelora_kernels.tuning.tiles import GemmTiles, ShrinkTiles
+from moelora_kernels.tuning.tiles import GemmTiles, LinearTiles, ShrinkTiles
 from moelora_kernels.types import PAGE_ROWS, SIGNALS, Buffer, SitePages, TokenSort
 
 #: Rows whose runs a few programs of the shrink share.
@@ -227,28 +227,33 @@ def product_constants(
     rank_activations: Buffer | None,
 ) -> dict[str, Any]:
     """Compile-time parameters of a grouped product."""
-    names = ("NUM_ADAPTERS", "MAX_PAGES", "PAGE_LANES", "PAGE_ROWS")
-    if sites is None or rank_activations is None:
-        zero = ("SHRINK_K", "Z_ROWS", "Z_COLUMNS", "SLOTS", "PAGES")
-        expand = dict.fromkeys((*names, *zero), 0)
-    else:
-        shrinking = _shrink_constants(x, sites, SHRINK_COLUMNS * tiles.num_warps)
-        # A stack has several pages of one adapter where adapters have several.
-        pages = min(shrinking["PAGE_LANES"], 4)
-        expand = {name: shrinking[name] for name in names} | {
-            "SHRINK_K": shrinking["BLOCK_K"],
-            "Z_ROWS": rank_activations.shape[1],
-            "Z_COLUMNS": rank_activations.shape[2],
-            "SLOTS": max(tiles.stack, 2 * pages) // pages,
-            "PAGES": pages,
-        }
-    return expand | {
+    _, z_rows, z_columns = (0, 0, 0) if rank_activations is None else rank_activations.shape
+    return expand_constants(x, tiles, sites) | {
+        "Z_ROWS": z_rows,
+        "Z_COLUMNS": z_columns,
         "NUM_EXPERTS": experts,
         # The smallest operand of a tensor core product.
         "BLOCK_M": max(triton.next_power_of_2(tile_rows), 16),
         "BLOCK_N": tiles.block_n,
         "BLOCK_K": min(tiles.block_k, max(triton.next_power_of_2(x.shape[1]), 16)),
         "PRECISION": precision(x.dtype),
+    }
+
+
+def expand_constants(
+    x: Buffer, tiles: GemmTiles | LinearTiles, sites: Sequence[SitePages] | None
+) -> dict[str, int]:
+    """Compile-time parameters of what a product adds, and of the shrink in its launch."""
+    names = ("NUM_ADAPTERS", "MAX_PAGES", "PAGE_LANES", "PAGE_ROWS")
+    if not sites:
+        return dict.fromkeys((*names, "SHRINK_K", "SLOTS", "PAGES"), 0)
+    shrinking = _shrink_constants(x, sites, SHRINK_COLUMNS * tiles.num_warps)
+    # A stack has several pages of one adapter where adapters have several.
+    pages = min(shrinking["PAGE_LANES"], 4)
+    return {name: shrinking[name] for name in names} | {
+        "SHRINK_K": shrinking["BLOCK_K"],
+        "SLOTS": max(tiles.stack, 2 * pages) // pages,
+        "PAGES": pages,
     }
 
 

@@ -19,9 +19,9 @@ from jax import Array
 from moelora_kernels.backend import Launch, launch, scalar
 from moelora_kernels.buffers import given_or_new
 from moelora_kernels.expert_lora.triton import (
-    SHRINK_COLUMNS,
     add_expand,
     clear,
+    expand_constants,
     find_adapters,
     find_pages,
     leave,
@@ -146,24 +146,9 @@ def _launch(
     row_tiles = triton.cdiv(tokens, tiles.block_m)
     programs = row_tiles * sum(triton.cdiv(out, tiles.block_n) for out in widths)
     widths += [0] * missing
-    constants: dict[str, Any]
     sites = _sites(maps, sort)
-    if sites:
-        _, _, adapters, max_pages, _ = sites[0].table.shape
-        page_lanes = triton.next_power_of_2(max_pages)
-        pages_at_once = min(page_lanes, 4)
-        constants = {
-            "NUM_ADAPTERS": adapters,
-            "MAX_PAGES": max_pages,
-            "PAGE_LANES": page_lanes,
-            "SHRINK_K": min(SHRINK_COLUMNS * tiles.num_warps, triton.next_power_of_2(width)),
-            "SLOTS": max(tiles.stack, 2 * pages_at_once) // pages_at_once,
-            "PAGES": pages_at_once,
-            "Z_COLUMNS": sites[0].max_rank,
-        }
-    else:
-        names = ("NUM_ADAPTERS", "MAX_PAGES", "PAGE_LANES", "SHRINK_K", "SLOTS", "PAGES")
-        constants = dict.fromkeys((*names, "Z_COLUMNS"), 0)
+    constants = expand_constants(x, tiles, sites) | {"PAGE_ROWS": PAGE_ROWS}
+    constants["Z_COLUMNS"] = sites[0].max_rank if sites else 0
     in_place = isinstance(outputs[0], jax.Ref)
     order = [None, None] if sort is None else [sort.order, sort.group_of_row]
     return launch(
@@ -184,7 +169,6 @@ def _launch(
         BLOCK_M=tiles.block_m,
         BLOCK_N=tiles.block_n,
         BLOCK_K=min(tiles.block_k, max(triton.next_power_of_2(width), 16)),
-        PAGE_ROWS=PAGE_ROWS,
         PRECISION=precision(x.dtype),
         **constants,
     )
