@@ -20,6 +20,7 @@ from moelora_kernels import (
     SIGNALS,
     ExpertGroups,
     LinearMap,
+    TokenSort,
     dense_lora,
     embedding_lora,
     linear_lora,
@@ -239,6 +240,19 @@ def check_route() -> None:
     print("route", flush=True)
 
 
+def sort_by_adapter(case: LayerCase, implementation: Any) -> TokenSort:
+    """The tokens of a dense layer."""
+    return sort_tokens(
+        jnp.zeros((case.shape.tokens, 1), jnp.int32),
+        jnp.asarray(case.adapter_of_token),
+        case.device_num_tokens,
+        num_experts=1,
+        num_adapters=case.shape.adapters,
+        tile_rows=16,
+        implementation=implementation,
+    )
+
+
 def check_dense(shape: Shape, dtype: str) -> None:
     """A linear layer of float32 outputs, as the router and the head are; and an embedding."""
     case = LayerCase(LayerSpec(shape, dtype=dtype, num_tokens=shape.tokens - 1, seed=4))  # type: ignore[arg-type]
@@ -249,15 +263,7 @@ def check_dense(shape: Shape, dtype: str) -> None:
     ids = jnp.asarray(rng.integers(shape.hidden, size=shape.tokens), jnp.int32)
     outputs: dict[Any, list[np.ndarray]] = {}
     for name in ("reference", "triton"):
-        sort = sort_tokens(
-            jnp.zeros((shape.tokens, 1), jnp.int32),
-            jnp.asarray(case.adapter_of_token),
-            case.device_num_tokens,
-            num_experts=1,
-            num_adapters=shape.adapters,
-            tile_rows=16,
-            implementation=name,  # type: ignore[arg-type]
-        )
+        sort = sort_by_adapter(case, name)
         options: Any = {"tile_rows": 16, "implementation": name}
         outputs[name] = [
             np.asarray(dense_lora(case.cast(case.x), y, pages, sort, case.layer, **options)),
@@ -301,15 +307,7 @@ def check_linear(shape: Shape, dtype: str, num_maps: int, tiles: LinearTiles | N
     signals = jax.new_ref(jnp.zeros(SIGNALS, jnp.int32))
     for name in ("reference", "triton"):
         for lora in (True, False):
-            sort = sort_tokens(
-                jnp.zeros((shape.tokens, 1), jnp.int32),
-                jnp.asarray(case.adapter_of_token),
-                case.device_num_tokens,
-                num_experts=1,
-                num_adapters=shape.adapters,
-                tile_rows=16,
-                implementation=name,  # type: ignore[arg-type]
-            )
+            sort = sort_by_adapter(case, name)
             outputs[name, lora] = np.asarray(
                 linear_lora(
                     case.cast(case.x),
