@@ -147,15 +147,19 @@ def layer(
 def check_layer(
     shape: Shape, dtype: str, num_tokens: int | None, tiles: MoeTiles, bias: bool = False
 ) -> None:
-    case = LayerCase(LayerSpec(shape, dtype=dtype, num_tokens=num_tokens, seed=3))  # type: ignore[arg-type]
+    spec = LayerSpec(shape, dtype=dtype, num_tokens=num_tokens, seed=3)  # type: ignore[arg-type]
+    check_case(LayerCase(spec), tiles, bias)
+
+
+def check_case(case: LayerCase, tiles: MoeTiles, bias: bool = False) -> None:
     expected = layer(case, "reference", bias=bias).astype(np.float64)
     out = layer(case, "triton", tiles=tiles, bias=bias)
     error = relative_error(out, expected)
-    assert error <= (1e-5 if dtype == "float32" else 2e-3), error
+    assert error <= (1e-5 if case.dtype == "float32" else 2e-3), error
     base_rows = case.adapter_of_token < 0
     base = layer(case, "triton", lora=False, tiles=tiles, bias=bias)
     assert out[base_rows].tobytes() == base[base_rows].tobytes()
-    print("layer", tuple(shape), dtype, num_tokens, error, flush=True)
+    print("layer", tuple(case.shape), case.dtype, case.num_tokens, error, flush=True)
 
 
 def check_shrink(case: LayerCase, tiles: ShrinkTiles) -> None:
@@ -196,6 +200,47 @@ def check_shrink(case: LayerCase, tiles: ShrinkTiles) -> None:
             error = relative_error(got[defined], want[defined].astype(np.float64))
             assert error <= 1e-5, (tiles, error)
     print("shrink", tuple(shape), tiles, flush=True)
+
+
+class Calls:
+    """Counts the calls of a kernel's function under the interpreter."""
+
+    def __init__(self, module: Any, name: str) -> None:
+        self.module, self.name, self.function = module, name, getattr(module, name)
+        self.count = 0
+
+    def __call__(self, *args: Any) -> Any:
+        self.count += 1
+        return self.function(*args)
+
+    def __enter__(self) -> "Calls":
+        setattr(self.module, self.name, self)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        setattr(self.module, self.name, self.function)
+
+
+def check_shared(expert_lora: Any) -> None:
+    """A that all experts share is multiplied once per token, other A once per pair."""
+    shape = Shape(40, 3, 6, 40, 24, 4, 1)
+    case = LayerCase(LayerSpec(shape, num_tokens=37, kinds=("shared", "own"), seed=3))
+    adapter = case.adapter_of_token[:37]
+    tokens = np.bincount(adapter + 1, minlength=5)[1:]
+    groups = (adapter[:, None] * 6 + case.experts[:37])[adapter >= 0]
+    # Runs of sixteen rows at most: of tokens, of pairs for gate and up, of pairs for down.
+    pairs_of_run = -(-np.bincount(groups.ravel(), minlength=24).reshape(4, 6) // 16)
+    with Calls(expert_lora, "multiply_pages") as calls:
+        check_shrink(case, SHRINKS[1])
+    assert calls.count == (-(-tokens[::2] // 16)).sum() + pairs_of_run[1::2].sum() + (
+        pairs_of_run.sum()
+    )
+    for tiles in TILES[:2]:
+        with Calls(expert_lora, "shrink_pages") as calls:
+            check_case(case, tiles)
+        # For gate, for up and for down.
+        assert calls.count == 2 * (tokens[::2].sum() + 3 * tokens[1::2].sum()) + 3 * tokens.sum()
+    print("shared", flush=True)
 
 
 def check_sort() -> None:
@@ -392,7 +437,10 @@ def main() -> None:
     # The form for large batches, in blocks that a small one fills.
     sort.MAX_COUNTED_PAIRS, sort.BLOCK_PAIRS = 0, 128
     check_sort()
-    # Runs of several windows, which are cut; more pages than are multiplied at once.
+    check_shared(expert_lora)
+    # Runs of several windows, which are cut; several chunks of tokens; more pages than are
+    # multiplied at once.
+    expert_lora.CHUNK_TOKENS, expert_lora.CHUNK_PROGRAMS = 16, 2
     for spec, stack_pages in (
         (LayerSpec(Shape(90, 2, 3, 40, 24, 3, 1), num_tokens=80, assignment="runs"), 8),
         (LayerSpec(Shape(40, 3, 6, 40, 24, 10, 3), num_tokens=39), 4),

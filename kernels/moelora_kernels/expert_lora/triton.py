@@ -2,7 +2,8 @@
 
 *shrink* has two forms. For few rows, one program per row: matrix-vector products with many loads in
 flight. For many, programs take runs of rows that share expert and adapter, and use the tensor
-cores.
+cores. Where all experts name the same A pages of an adapter, a token is shrunk once for all of its
+experts.
 
 *gate_up* and *down* are grouped matrix products over the tiles of the sort. Before the sums leave
 the registers, ``z · B`` is added to them: pages of several adapters of the tile are stacked along
@@ -34,6 +35,9 @@ from moelora_kernels.types import PAGE_ROWS, SIGNALS, Buffer, SitePages, TokenSo
 
 #: Rows whose runs a few programs of the shrink share.
 WINDOW_ROWS = 16
+#: Tokens of one block of the shrink by token, and programs that share the block.
+CHUNK_TOKENS = 256
+CHUNK_PROGRAMS = 32
 #: Pages that a program of the shrink multiplies at once, at most.
 STACK_PAGES = 8
 #: Columns of a page that a warp of a product loads at once when it shrinks.
@@ -53,7 +57,8 @@ def shrink(
 ) -> Buffer:
     """See :func:`moelora_kernels.shrink`."""
     shape = (len(sites), pairs, sites[0].max_rank) if out is None else out.shape
-    inputs = (x, sort.order, sort.group_of_row, scalar(layer), *_shrink_factors(sites))
+    rows = (sort.order, sort.group_of_row)
+    inputs = (x, *rows, scalar(layer), *_shrink_factors(sites))
     constants: dict[str, Any] = {
         "TOP_K": 0 if top_k is None else top_k,
         "Z_ROWS": shape[1],
@@ -68,10 +73,12 @@ def shrink(
         kernel = shrink_runs
         pages = min(constants["PAGE_LANES"], STACK_PAGES // len(sites))
         stack = pages * len(sites)
-        grid = (
-            triton.cdiv(pairs, WINDOW_ROWS) * tiles.slots,
-            triton.cdiv(constants["MAX_PAGES"], pages),
-        )
+        windows = triton.cdiv(pairs, WINDOW_ROWS) * tiles.slots
+        # Experts may share A of an adapter, which tokens are then multiplied with, not pairs.
+        tokens = 0 if top_k is None or constants["NUM_EXPERTS"] == 1 else pairs // top_k
+        token_programs = triton.cdiv(tokens, CHUNK_TOKENS) * CHUNK_PROGRAMS
+        inputs = (x, *rows, sort.row_of_pair, *inputs[3:])
+        grid = (token_programs + windows, triton.cdiv(constants["MAX_PAGES"], pages))
         if stack > 2:  # More pages make a step wider and give more warps work.
             tiles = replace(tiles, block_k=64, num_warps=4, num_stages=4)
             constants["BLOCK_K"] = min(constants["BLOCK_K"], 64)
@@ -83,6 +90,11 @@ def shrink(
             "PAGES": pages,
             "SLOTS": tiles.slots,
             "PRECISION": precision(x.dtype),
+            "TOKEN_PROGRAMS": token_programs,
+            "CHUNK_TOKENS": CHUNK_TOKENS,
+            "CHUNK_PROGRAMS": CHUNK_PROGRAMS,
+            "ADAPTERS_POW2": max(triton.next_power_of_2(constants["NUM_ADAPTERS"] + 1), 16),
+            "EXPERTS_POW2": triton.next_power_of_2(constants["NUM_EXPERTS"]),
         }
     outputs = [jax.ShapeDtypeStruct(shape, x.dtype)]
     refs = None if out is None else [out]
@@ -111,7 +123,10 @@ def gate_up(
     pairs = x.shape[0] * top_k
     return _product(
         gate_up_tiles,
-        (x, weight, bias, scalar(layer), sort.expert_tiles, sort.group_of_row, sort.order),
+        (
+            *(x, weight, bias, scalar(layer), sort.expert_tiles),
+            *(sort.group_of_row, sort.order, sort.row_of_pair),
+        ),
         jax.ShapeDtypeStruct((pairs, intermediate), x.dtype),
         out,
         _Expand(x, sort, sites, layer, pairs, top_k, rank_activations, signals),
@@ -122,6 +137,7 @@ def gate_up(
         INTERMEDIATE=intermediate,
         TOP_K=top_k,
         ACTIVATION=activation,
+        EXPERTS_POW2=triton.next_power_of_2(experts),
     )
 
 
@@ -208,6 +224,8 @@ def _product(
     programs = num_tiles * triton.cdiv(shape.shape[1], tiles.block_n)
     constants |= product_constants(x, tiles, tile_rows, experts, lora.sites, z)
     constants |= {"PRODUCERS": producers, "PROGRAMS": programs, "SIGNALS": SIGNALS[0]}
+    # Few rows have few steps to copy ahead for.
+    constants["EXPAND_STAGES"] = 1 if producers else 2
     grid = (producers + programs,)
     how = Launch(grid, num_warps=tiles.num_warps, num_stages=tiles.num_stages)
     if producers == 0:
@@ -432,6 +450,7 @@ def shrink_runs(
     x_ptr,
     order_ptr,
     group_ptr,
+    row_of_pair_ptr,
     layer_ptr,
     pool_0_ptr,
     table_0_ptr,
@@ -457,16 +476,78 @@ def shrink_runs(
     PAGES: tl.constexpr,
     SLOTS: tl.constexpr,
     PRECISION: tl.constexpr,
+    TOKEN_PROGRAMS: tl.constexpr,
+    CHUNK_TOKENS: tl.constexpr,
+    CHUNK_PROGRAMS: tl.constexpr,
+    ADAPTERS_POW2: tl.constexpr,
+    EXPERTS_POW2: tl.constexpr,
+):
+    """The first ``TOKEN_PROGRAMS`` programs shrink tokens, the others rows of (token, expert).
+
+    A token whose adapter has the same pages for all experts is shrunk once, and its rank
+    activations are written to the rows of all of its experts.
+    """
+    program = tl.program_id(0)
+    layer = tl.load(layer_ptr)
+    if program >= TOKEN_PROGRAMS:
+        shrink_window(
+            program - TOKEN_PROGRAMS, x_ptr, order_ptr, group_ptr, layer,
+            pool_0_ptr, table_0_ptr, scaling_0_ptr, pool_1_ptr, table_1_ptr, scaling_1_ptr, z_ptr,
+            WIDTH, TOP_K, NUM_EXPERTS, NUM_ADAPTERS, MAX_PAGES, PAGE_ROWS, Z_ROWS, Z_COLUMNS,
+            BLOCK_K, PAIRS, WINDOW_ROWS, RUN_ROWS, SITES, PAGES, SLOTS, PRECISION,
+            TOKEN_PROGRAMS > 0, EXPERTS_POW2,
+        )  # fmt: skip
+    elif TOKEN_PROGRAMS > 0:
+        shrink_chunk(
+            program, x_ptr, row_of_pair_ptr, group_ptr, layer,
+            pool_0_ptr, table_0_ptr, scaling_0_ptr, pool_1_ptr, table_1_ptr, scaling_1_ptr, z_ptr,
+            WIDTH, TOP_K, NUM_EXPERTS, NUM_ADAPTERS, MAX_PAGES, PAGE_ROWS, Z_ROWS, Z_COLUMNS,
+            BLOCK_K, PAIRS // TOP_K, RUN_ROWS, SITES, PAGES, PRECISION,
+            CHUNK_TOKENS, CHUNK_PROGRAMS, ADAPTERS_POW2, EXPERTS_POW2,
+        )  # fmt: skip
+
+
+@triton.jit
+def shrink_window(
+    program,
+    x_ptr,
+    order_ptr,
+    group_ptr,
+    layer,
+    pool_0_ptr,
+    table_0_ptr,
+    scaling_0_ptr,
+    pool_1_ptr,
+    table_1_ptr,
+    scaling_1_ptr,
+    z_ptr,
+    WIDTH: tl.constexpr,
+    TOP_K: tl.constexpr,
+    NUM_EXPERTS: tl.constexpr,
+    NUM_ADAPTERS: tl.constexpr,
+    MAX_PAGES: tl.constexpr,
+    PAGE_ROWS: tl.constexpr,
+    Z_ROWS: tl.constexpr,
+    Z_COLUMNS: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    PAIRS: tl.constexpr,
+    WINDOW_ROWS: tl.constexpr,
+    RUN_ROWS: tl.constexpr,
+    SITES: tl.constexpr,
+    PAGES: tl.constexpr,
+    SLOTS: tl.constexpr,
+    PRECISION: tl.constexpr,
+    SKIP_SHARED: tl.constexpr,
+    EXPERTS_POW2: tl.constexpr,
 ):
     """The runs that begin in a window of rows, shared among ``SLOTS`` programs.
 
     A run is a stretch of rows of one expert and adapter. Where it is long, a new one begins at
     every multiple of ``RUN_ROWS`` that has as many of its rows before, so that one adapter's batch
     spreads over the device. The pages of all sites are columns of one product, for which the rows
-    are read once.
+    are read once. With ``SKIP_SHARED``, runs whose pages all experts share are left out.
     """
-    window, program_slot = tl.program_id(0) // SLOTS, tl.program_id(0) % SLOTS
-    layer = tl.load(layer_ptr)
+    window, program_slot = program // SLOTS, program % SLOTS
     rows = window * WINDOW_ROWS + tl.arange(0, WINDOW_ROWS)
     inside = rows < PAIRS
     group = tl.load(group_ptr + rows, mask=inside, other=-1)
@@ -477,32 +558,26 @@ def shrink_runs(
     cut = (rows % RUN_ROWS == 0) & (group == earlier)
     begins = (has_adapter & ((group != before) | cut)).to(tl.int32)
     number = tl.where(begins > 0, tl.cumsum(begins, 0) - 1, -1)
-    COLUMNS: tl.constexpr = SITES * PAGES * PAGE_ROWS
-    page = tl.arange(0, SITES * PAGES)
-    site, page = page // PAGES, tl.program_id(1) * PAGES + page % PAGES
-    lane, depth = tl.arange(0, RUN_ROWS), tl.arange(0, BLOCK_K)
+    lane = tl.arange(0, RUN_ROWS)
     for run in range(program_slot, tl.sum(begins, 0), SLOTS):
         row = tl.max(tl.where(number == run, rows, 0), 0)
         run_group = tl.max(tl.where(number == run, group, 0), 0)
         adapter = run_group % (NUM_ADAPTERS + 1) - 1
         expert = run_group // (NUM_ADAPTERS + 1)
-        entry = ((layer * 2 * NUM_ADAPTERS + adapter) * MAX_PAGES + page) * NUM_EXPERTS + expert
-        factor = (layer * NUM_ADAPTERS + adapter) * NUM_EXPERTS + expert
-        entry_ptrs, scaling_ptrs = table_0_ptr + entry, scaling_0_ptr + factor + tl.zeros_like(site)
-        if SITES == 2:
-            entry_ptrs = tl.where(site == 0, entry_ptrs, table_1_ptr + entry)
-            scaling_ptrs = tl.where(site == 0, scaling_ptrs, scaling_1_ptr + factor)
-        pool_row = tl.load(entry_ptrs, mask=page < MAX_PAGES, other=-1)
-        scaling = spread(tl.load(scaling_ptrs), PAGE_ROWS)
-        has_page = spread(pool_row >= 0, PAGE_ROWS)
-        rank_row = spread(pool_row.to(tl.int64) * PAGE_ROWS, PAGE_ROWS)
-        rank_row += tl.arange(0, COLUMNS) % PAGE_ROWS
-        a_ptrs = pool_0_ptr + rank_row * WIDTH
-        if SITES == 2:
-            a_ptrs = tl.where(spread(site, PAGE_ROWS) == 0, a_ptrs, pool_1_ptr + rank_row * WIDTH)
-        a_tile = a_ptrs[:, None] + depth[None, :]
+        entry_ptrs, scaling_ptrs, page = find_entries(
+            adapter, layer, table_0_ptr, scaling_0_ptr, table_1_ptr, scaling_1_ptr,
+            NUM_EXPERTS, NUM_ADAPTERS, MAX_PAGES, SITES, PAGES,
+        )  # fmt: skip
+        pool_row = tl.load(entry_ptrs + expert, mask=page < MAX_PAGES, other=-1)
+        scaling = tl.load(scaling_ptrs + expert)
+        a_ptrs = rank_rows(pool_row, pool_0_ptr, pool_1_ptr, WIDTH, PAGE_ROWS, SITES, PAGES)
         # The next run of the same rows begins here at the latest.
         end = tl.minimum(((row + RUN_ROWS - 1) // RUN_ROWS + 1) * RUN_ROWS, PAIRS)
+        if SKIP_SHARED:
+            if share_pages(
+                entry_ptrs, scaling_ptrs, page < MAX_PAGES, expert, NUM_EXPERTS, EXPERTS_POW2
+            ):
+                end = row
         while row < end:
             run_rows = row + lane
             same = run_rows < end
@@ -510,26 +585,224 @@ def shrink_runs(
             x_rows = run_rows
             if TOP_K > 0:
                 x_rows = tl.load(order_ptr + run_rows, mask=same, other=0) // TOP_K
-            x_tile = (x_ptr + x_rows.to(tl.int64) * WIDTH)[:, None] + depth[None, :]
-            z = tl.zeros([RUN_ROWS, COLUMNS], tl.float32)
-            for k in range(0, WIDTH, BLOCK_K):
-                x_mask, a_mask = same[:, None], has_page[:, None]
-                if WIDTH % BLOCK_K != 0:
-                    left = (k + depth < WIDTH)[None, :]
-                    x_mask, a_mask = x_mask & left, a_mask & left
-                x = tl.load(x_tile + k, mask=x_mask, other=0.0)
-                a = tl.load(a_tile + k, mask=a_mask, other=0.0)
-                z = tl.dot(x, tl.trans(a), z, input_precision=PRECISION)
-            column = tl.arange(0, COLUMNS)
-            rank = tl.program_id(1) * PAGES * PAGE_ROWS + column % (PAGES * PAGE_ROWS)
-            z_row = (column // (PAGES * PAGE_ROWS) * Z_ROWS)[None, :] + run_rows[:, None]
-            tl.store(
-                z_ptr + z_row.to(tl.int64) * Z_COLUMNS + rank[None, :],
-                (z * scaling[None, :]).to(z_ptr.dtype.element_ty),
-                mask=same[:, None] & (rank < MAX_PAGES * PAGE_ROWS)[None, :],
+            z = multiply_pages(
+                x_rows, same, pool_row, scaling, a_ptrs, x_ptr,
+                WIDTH, BLOCK_K, PAGE_ROWS, PRECISION,
+            )  # fmt: skip
+            store_ranks(
+                z, run_rows, same, z_ptr, MAX_PAGES, PAGE_ROWS, Z_ROWS, Z_COLUMNS, SITES, PAGES
             )
             all_same = tl.sum(same.to(tl.int32), 0) == RUN_ROWS
             row = tl.where(all_same, row + RUN_ROWS, end)
+
+
+@triton.jit
+def shrink_chunk(
+    program,
+    x_ptr,
+    row_of_pair_ptr,
+    group_ptr,
+    layer,
+    pool_0_ptr,
+    table_0_ptr,
+    scaling_0_ptr,
+    pool_1_ptr,
+    table_1_ptr,
+    scaling_1_ptr,
+    z_ptr,
+    WIDTH: tl.constexpr,
+    TOP_K: tl.constexpr,
+    NUM_EXPERTS: tl.constexpr,
+    NUM_ADAPTERS: tl.constexpr,
+    MAX_PAGES: tl.constexpr,
+    PAGE_ROWS: tl.constexpr,
+    Z_ROWS: tl.constexpr,
+    Z_COLUMNS: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    TOKENS: tl.constexpr,
+    RUN_ROWS: tl.constexpr,
+    SITES: tl.constexpr,
+    PAGES: tl.constexpr,
+    PRECISION: tl.constexpr,
+    CHUNK_TOKENS: tl.constexpr,
+    CHUNK_PROGRAMS: tl.constexpr,
+    ADAPTERS_POW2: tl.constexpr,
+    EXPERTS_POW2: tl.constexpr,
+):
+    """Tokens of a chunk whose adapters share pages, ``RUN_ROWS`` of one adapter at a time.
+
+    ``CHUNK_PROGRAMS`` programs share the chunk.
+    """
+    token = program // CHUNK_PROGRAMS * CHUNK_TOKENS + tl.arange(0, CHUNK_TOKENS)
+    first_row = tl.load(row_of_pair_ptr + token * TOP_K, mask=token < TOKENS, other=-1)
+    group = tl.load(group_ptr + first_row, mask=first_row >= 0, other=0)
+    # Adapter plus one: zero for the base model and for padding.
+    number = group % (NUM_ADAPTERS + 1)
+    numbers = tl.arange(0, ADAPTERS_POW2)
+    counts = tl.histogram(number, ADAPTERS_POW2)
+    tiles = tl.where(numbers > 0, (counts + RUN_ROWS - 1) // RUN_ROWS, 0)
+    tiles_end = tl.cumsum(tiles, 0)
+    lane = tl.arange(0, RUN_ROWS)
+    for tile in range(program % CHUNK_PROGRAMS, tl.sum(tiles, 0), CHUNK_PROGRAMS):
+        mine = tl.sum((tiles_end <= tile).to(tl.int32), 0)
+        adapter = mine - 1
+        entry_ptrs, scaling_ptrs, page = find_entries(
+            adapter, layer, table_0_ptr, scaling_0_ptr, table_1_ptr, scaling_1_ptr,
+            NUM_EXPERTS, NUM_ADAPTERS, MAX_PAGES, SITES, PAGES,
+        )  # fmt: skip
+        pool_row = tl.load(entry_ptrs + 0, mask=page < MAX_PAGES, other=-1)
+        scaling = tl.load(scaling_ptrs + 0)
+        a_ptrs = rank_rows(pool_row, pool_0_ptr, pool_1_ptr, WIDTH, PAGE_ROWS, SITES, PAGES)
+        if share_pages(entry_ptrs, scaling_ptrs, page < MAX_PAGES, 0, NUM_EXPERTS, EXPERTS_POW2):
+            before = tl.sum(tl.where(numbers < mine, tiles, 0), 0)
+            is_mine = number == mine
+            place = tl.cumsum(is_mine.to(tl.int32), 0) - 1 - (tile - before) * RUN_ROWS
+            chosen = is_mine[:, None] & (place[:, None] == lane[None, :])
+            tokens = tl.max(tl.where(chosen, token[:, None], -1), 0)
+            z = multiply_pages(
+                tl.maximum(tokens, 0), tokens >= 0, pool_row, scaling, a_ptrs, x_ptr,
+                WIDTH, BLOCK_K, PAGE_ROWS, PRECISION,
+            )  # fmt: skip
+            for choice in range(TOP_K):
+                rows = tl.load(
+                    row_of_pair_ptr + tokens * TOP_K + choice, mask=tokens >= 0, other=-1
+                )
+                store_ranks(
+                    z, rows, rows >= 0, z_ptr,
+                    MAX_PAGES, PAGE_ROWS, Z_ROWS, Z_COLUMNS, SITES, PAGES,
+                )  # fmt: skip
+
+
+@triton.jit
+def find_entries(
+    adapter,
+    layer,
+    table_0_ptr,
+    scaling_0_ptr,
+    table_1_ptr,
+    scaling_1_ptr,
+    NUM_EXPERTS: tl.constexpr,
+    NUM_ADAPTERS: tl.constexpr,
+    MAX_PAGES: tl.constexpr,
+    SITES: tl.constexpr,
+    PAGES: tl.constexpr,
+):
+    """What this program multiplies with: pages of every site, those of the first before the others.
+
+    Returns:
+        Pointers to the entries and the scalings of expert 0, ``[SITES * PAGES]``, and which page of
+        its site each is.
+    """
+    page = tl.arange(0, SITES * PAGES)
+    site, page = page // PAGES, tl.program_id(1) * PAGES + page % PAGES
+    entry = ((layer * 2 * NUM_ADAPTERS + adapter) * MAX_PAGES + page) * NUM_EXPERTS
+    factor = (layer * NUM_ADAPTERS + adapter) * NUM_EXPERTS
+    entry_ptrs, scaling_ptrs = table_0_ptr + entry, scaling_0_ptr + factor + tl.zeros_like(site)
+    if SITES == 2:
+        entry_ptrs = tl.where(site == 0, entry_ptrs, table_1_ptr + entry)
+        scaling_ptrs = tl.where(site == 0, scaling_ptrs, scaling_1_ptr + factor)
+    return entry_ptrs, scaling_ptrs, page
+
+
+@triton.jit
+def rank_rows(
+    pool_row,
+    pool_0_ptr,
+    pool_1_ptr,
+    WIDTH: tl.constexpr,
+    PAGE_ROWS: tl.constexpr,
+    SITES: tl.constexpr,
+    PAGES: tl.constexpr,
+):
+    """A pointer to each row of A of the pages, ``[SITES * PAGES * PAGE_ROWS]``."""
+    lane = tl.arange(0, SITES * PAGES * PAGE_ROWS)
+    rank_row = spread(pool_row.to(tl.int64) * PAGE_ROWS, PAGE_ROWS) + lane % PAGE_ROWS
+    a_ptrs = pool_0_ptr + rank_row * WIDTH
+    if SITES == 2:
+        a_ptrs = tl.where(lane < PAGES * PAGE_ROWS, a_ptrs, pool_1_ptr + rank_row * WIDTH)
+    return a_ptrs
+
+
+@triton.jit
+def share_pages(
+    entry_ptrs,
+    scaling_ptrs,
+    inside,
+    expert,
+    NUM_EXPERTS: tl.constexpr,
+    EXPERTS_POW2: tl.constexpr,
+):
+    """Whether all experts have the pages and the scaling that ``expert`` has.
+
+    Pointers are those of expert 0; only entries ``inside`` are looked at.
+    """
+    pool_row = tl.load(entry_ptrs + expert, mask=inside, other=-1)
+    # The pages of one other expert tell most adapters that share nothing.
+    other = tl.load(entry_ptrs + (expert + 1) % NUM_EXPERTS, mask=inside, other=-1)
+    shared = tl.max((other != pool_row).to(tl.int32), 0) == 0
+    if shared:
+        experts = tl.arange(0, EXPERTS_POW2)
+        experts = tl.where(experts < NUM_EXPERTS, experts, 0)[None, :]
+        others = tl.load(entry_ptrs[:, None] + experts, mask=inside[:, None], other=-1)
+        scaling = tl.load(scaling_ptrs + expert)
+        differ = tl.load(scaling_ptrs[:, None] + experts) != scaling[:, None]
+        differ = differ | (others != pool_row[:, None])
+        shared = tl.max(tl.max(differ.to(tl.int32), 1), 0) == 0
+    return shared
+
+
+@triton.jit
+def multiply_pages(
+    x_rows,
+    inside,
+    pool_row,
+    scaling,
+    a_ptrs,
+    x_ptr,
+    WIDTH: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    PAGE_ROWS: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """``scaling · A · x`` of some rows of x, in float32."""
+    depth = tl.arange(0, BLOCK_K)
+    has_page = spread(pool_row >= 0, PAGE_ROWS)
+    x_tile = (x_ptr + x_rows.to(tl.int64) * WIDTH)[:, None] + depth[None, :]
+    a_tile = a_ptrs[:, None] + depth[None, :]
+    z = tl.zeros([x_rows.shape[0], a_ptrs.shape[0]], tl.float32)
+    for k in range(0, WIDTH, BLOCK_K):
+        x_mask, a_mask = inside[:, None], has_page[:, None]
+        if WIDTH % BLOCK_K != 0:
+            left = (k + depth < WIDTH)[None, :]
+            x_mask, a_mask = x_mask & left, a_mask & left
+        x = tl.load(x_tile + k, mask=x_mask, other=0.0)
+        a = tl.load(a_tile + k, mask=a_mask, other=0.0)
+        z = tl.dot(x, tl.trans(a), z, input_precision=PRECISION)
+    return z * spread(scaling, PAGE_ROWS)[None, :]
+
+
+@triton.jit
+def store_ranks(
+    z,
+    rows,
+    inside,
+    z_ptr,
+    MAX_PAGES: tl.constexpr,
+    PAGE_ROWS: tl.constexpr,
+    Z_ROWS: tl.constexpr,
+    Z_COLUMNS: tl.constexpr,
+    SITES: tl.constexpr,
+    PAGES: tl.constexpr,
+):
+    """Write the rank activations of this program's pages to some rows."""
+    column = tl.arange(0, SITES * PAGES * PAGE_ROWS)
+    rank = tl.program_id(1) * PAGES * PAGE_ROWS + column % (PAGES * PAGE_ROWS)
+    z_row = (column // (PAGES * PAGE_ROWS) * Z_ROWS)[None, :] + rows[:, None]
+    tl.store(
+        z_ptr + z_row.to(tl.int64) * Z_COLUMNS + rank[None, :],
+        z.to(z_ptr.dtype.element_ty),
+        mask=inside[:, None] & (rank < MAX_PAGES * PAGE_ROWS)[None, :],
+    )
 
 
 @triton.jit
@@ -667,16 +940,18 @@ def add_expand(
     SLOTS: tl.constexpr,
     PAGES: tl.constexpr,
     PRECISION: tl.constexpr,
+    EXPAND_STAGES: tl.constexpr = 1,
 ):
     """``total + z · B``, for ``SLOTS`` adapters and ``PAGES`` pages of each at a time.
 
-    ``mine`` and ``pool_row`` are those of the first step.
+    ``mine`` and ``pool_row`` are those of the first step. With more than one of ``EXPAND_STAGES``
+    all steps look up their own, without a branch, so that the pages of the next are copied ahead.
     """
     for first_page in tl.static_range(0, MAX_PAGES, PAGES):
         if num_slots > 0:
             z = load_ranks(rows, adapter, first_page, z_ptr, Z_COLUMNS, PAGES, PAGE_ROWS)
-            for first_slot in tl.range(0, num_slots, SLOTS, num_stages=1):
-                if (first_slot > 0) | (first_page > 0):
+            for first_slot in tl.range(0, num_slots, SLOTS, num_stages=EXPAND_STAGES):
+                if (EXPAND_STAGES > 1) | (first_slot > 0) | (first_page > 0):
                     slot_adapter, mine = find_adapters(first_slot, adapter, slot, SLOTS)
                     pool_row = find_pages(
                         slot_adapter, first_page, table_ptr, NUM_EXPERTS, MAX_PAGES, PAGES
@@ -707,6 +982,7 @@ def gate_up_tiles(
     tiles_ptr,
     group_ptr,
     order_ptr,
+    row_of_pair_ptr,
     gate_a_ptr,
     gate_b_ptr,
     gate_table_ptr,
@@ -722,6 +998,7 @@ def gate_up_tiles(
     INTERMEDIATE: tl.constexpr,
     TOP_K: tl.constexpr,
     ACTIVATION: tl.constexpr,
+    EXPERTS_POW2: tl.constexpr,
     NUM_EXPERTS: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -730,6 +1007,7 @@ def gate_up_tiles(
     PRODUCERS: tl.constexpr,
     PROGRAMS: tl.constexpr,
     SIGNALS: tl.constexpr,
+    EXPAND_STAGES: tl.constexpr,
     NUM_ADAPTERS: tl.constexpr,
     MAX_PAGES: tl.constexpr,
     PAGE_LANES: tl.constexpr,
@@ -751,6 +1029,7 @@ def gate_up_tiles(
             PRODUCERS, out_ptr,
             HIDDEN, INTERMEDIATE, TOP_K, ACTIVATION, NUM_EXPERTS, BLOCK_M, BLOCK_N, BLOCK_K,
             PRECISION, NUM_ADAPTERS, MAX_PAGES, PAGE_ROWS, Z_ROWS, Z_COLUMNS, SLOTS, PAGES,
+            EXPAND_STAGES,
         )  # fmt: skip
         if PRODUCERS > 0:
             if leave(signals_ptr, PROGRAMS):
@@ -758,10 +1037,10 @@ def gate_up_tiles(
                 clear(signals_ptr, SIGNALS)
     elif PRODUCERS > 0:
         shrink_for_gate_up(
-            program, x_ptr, layer, group_ptr, order_ptr, gate_a_ptr, gate_table_ptr,
-            gate_scaling_ptr, up_a_ptr, up_table_ptr, up_scaling_ptr, z_ptr,
-            HIDDEN, TOP_K, NUM_EXPERTS, NUM_ADAPTERS, MAX_PAGES, PAGE_LANES, PAGE_ROWS,
-            Z_ROWS, Z_COLUMNS, SHRINK_K,
+            program, x_ptr, layer, group_ptr, order_ptr, row_of_pair_ptr, gate_a_ptr,
+            gate_table_ptr, gate_scaling_ptr, up_a_ptr, up_table_ptr, up_scaling_ptr, z_ptr,
+            HIDDEN, TOP_K, NUM_EXPERTS, EXPERTS_POW2, NUM_ADAPTERS, MAX_PAGES, PAGE_LANES,
+            PAGE_ROWS, Z_ROWS, Z_COLUMNS, SHRINK_K,
         )  # fmt: skip
         signal(shrunk_ptr)
 
@@ -773,6 +1052,7 @@ def shrink_for_gate_up(
     layer,
     group_ptr,
     order_ptr,
+    row_of_pair_ptr,
     gate_a_ptr,
     gate_table_ptr,
     gate_scaling_ptr,
@@ -783,6 +1063,7 @@ def shrink_for_gate_up(
     HIDDEN: tl.constexpr,
     TOP_K: tl.constexpr,
     NUM_EXPERTS: tl.constexpr,
+    EXPERTS_POW2: tl.constexpr,
     NUM_ADAPTERS: tl.constexpr,
     MAX_PAGES: tl.constexpr,
     PAGE_LANES: tl.constexpr,
@@ -791,15 +1072,42 @@ def shrink_for_gate_up(
     Z_COLUMNS: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """One row for gate or for up."""
+    """One row for gate or for up.
+
+    Where all experts share the adapter's pages, the row of a token's first expert is shrunk for all
+    of them.
+    """
     row, site = program // 2, program % 2
-    shrink_row(
-        row, tl.load(order_ptr + row) // TOP_K, site, tl.load(group_ptr + row), layer, x_ptr,
-        gate_a_ptr, gate_table_ptr, gate_scaling_ptr, up_a_ptr, up_table_ptr, up_scaling_ptr,
-        z_ptr,
-        HIDDEN, NUM_EXPERTS, NUM_ADAPTERS, MAX_PAGES, PAGE_LANES, PAGE_ROWS, Z_ROWS, Z_COLUMNS,
-        BLOCK_K,
-    )  # fmt: skip
+    pair, group = tl.load(order_ptr + row), tl.load(group_ptr + row)
+    adapter = group % (NUM_ADAPTERS + 1) - 1
+    # Past the last row the group is -1.
+    if (group >= 0) & (adapter >= 0):
+        table_ptr = gate_table_ptr if site == 0 else up_table_ptr
+        scaling_ptr = gate_scaling_ptr if site == 0 else up_scaling_ptr
+        page = tl.arange(0, PAGE_LANES)
+        entry = ((layer * 2 * NUM_ADAPTERS + adapter) * MAX_PAGES + page) * NUM_EXPERTS
+        factor = (layer * NUM_ADAPTERS + adapter) * NUM_EXPERTS + tl.zeros_like(page)
+        shared = share_pages(
+            table_ptr + entry, scaling_ptr + factor, page < MAX_PAGES,
+            group // (NUM_ADAPTERS + 1), NUM_EXPERTS, EXPERTS_POW2,
+        )  # fmt: skip
+        if (pair % TOP_K == 0) | (shared == 0):
+            shrink_row(
+                row, pair // TOP_K, site, group, layer, x_ptr,
+                gate_a_ptr, gate_table_ptr, gate_scaling_ptr,
+                up_a_ptr, up_table_ptr, up_scaling_ptr, z_ptr,
+                HIDDEN, NUM_EXPERTS, NUM_ADAPTERS, MAX_PAGES, PAGE_LANES, PAGE_ROWS,
+                Z_ROWS, Z_COLUMNS, BLOCK_K,
+            )  # fmt: skip
+            if shared:
+                tl.debug_barrier()  # Numbers that other threads have stored are read.
+                column = tl.arange(0, PAGE_LANES * PAGE_ROWS)
+                inside = column < MAX_PAGES * PAGE_ROWS
+                z_ptrs = z_ptr + (site * Z_ROWS).to(tl.int64) * Z_COLUMNS + column
+                z = tl.load(z_ptrs + row * Z_COLUMNS, mask=inside)
+                for choice in range(1, TOP_K):
+                    other = tl.load(row_of_pair_ptr + pair + choice)
+                    tl.store(z_ptrs + other * Z_COLUMNS, z, mask=inside)
 
 
 @triton.jit
@@ -836,11 +1144,12 @@ def gate_up_tile(
     Z_COLUMNS: tl.constexpr,
     SLOTS: tl.constexpr,
     PAGES: tl.constexpr,
+    EXPAND_STAGES: tl.constexpr = 1,
 ):
     """One tile of rows and ``BLOCK_N`` intermediate columns.
 
     Where ``producers`` programs of the launch make the rank activations, ``shrunk_ptr`` is the
-    counter that they signal, else it is None.
+    counter that they signal, else it is None. See :func:`add_expand` for ``EXPAND_STAGES``.
     """
     NUM_BLOCKS: tl.constexpr = (INTERMEDIATE + BLOCK_N - 1) // BLOCK_N
     tile, block = program // NUM_BLOCKS, program % NUM_BLOCKS
@@ -900,8 +1209,8 @@ def gate_up_tile(
                     up_z = load_ranks(
                         rows, adapter, first_page, up_z_ptr, Z_COLUMNS, PAGES, PAGE_ROWS
                     )
-                    for first_slot in tl.range(0, num_slots, SLOTS, num_stages=1):
-                        if (first_slot > 0) | (first_page > 0):
+                    for first_slot in tl.range(0, num_slots, SLOTS, num_stages=EXPAND_STAGES):
+                        if (EXPAND_STAGES > 1) | (first_slot > 0) | (first_page > 0):
                             slot_adapter, mine = find_adapters(first_slot, adapter, slot, SLOTS)
                             gate_row = find_pages(
                                 slot_adapter, first_page, gate_table_ptr,
@@ -956,6 +1265,7 @@ def down_tiles(
     PRODUCERS: tl.constexpr,
     PROGRAMS: tl.constexpr,
     SIGNALS: tl.constexpr,
+    EXPAND_STAGES: tl.constexpr,
     NUM_ADAPTERS: tl.constexpr,
     MAX_PAGES: tl.constexpr,
     PAGE_LANES: tl.constexpr,
@@ -976,6 +1286,7 @@ def down_tiles(
             b_ptr, table_ptr, z_ptr, shrunk_ptr, PRODUCERS, out_ptr,
             HIDDEN, INTERMEDIATE, NUM_EXPERTS, BLOCK_M, BLOCK_N, BLOCK_K, PRECISION,
             NUM_ADAPTERS, MAX_PAGES, PAGE_ROWS, Z_COLUMNS, SLOTS, PAGES,
+            EXPAND_STAGES,
         )  # fmt: skip
         if PRODUCERS > 0:
             if leave(signals_ptr, PROGRAMS):
@@ -1047,6 +1358,7 @@ def down_tile(
     Z_COLUMNS: tl.constexpr,
     SLOTS: tl.constexpr,
     PAGES: tl.constexpr,
+    EXPAND_STAGES: tl.constexpr = 1,
 ):
     """One tile of rows and ``BLOCK_N`` hidden columns; see :func:`gate_up_tile`."""
     NUM_BLOCKS: tl.constexpr = (HIDDEN + BLOCK_N - 1) // BLOCK_N
@@ -1092,7 +1404,7 @@ def down_tile(
                     total, rows, adapter, slot, num_slots, mine, pool_row, columns,
                     z_ptr, table_ptr, b_ptr,
                     HIDDEN, NUM_EXPERTS, MAX_PAGES, PAGE_ROWS, Z_COLUMNS, BLOCK_M, SLOTS, PAGES,
-                    PRECISION,
+                    PRECISION, EXPAND_STAGES,
                 )  # fmt: skip
         tl.store(
             out_ptr + rows.to(tl.int64)[:, None] * HIDDEN + columns[None, :],

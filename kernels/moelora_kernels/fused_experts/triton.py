@@ -273,11 +273,11 @@ def layer_in_one_launch(
         if SHRINKS > 0:
             wait_for(sorted_ptr, SORTS)
             shrink_for_gate_up(
-                program - SORTS, x_ptr, layer, group_ptr, order_ptr,
+                program - SORTS, x_ptr, layer, group_ptr, order_ptr, row_of_pair_ptr,
                 gate_a_ptr, gate_table_ptr, gate_scaling_ptr,
                 up_a_ptr, up_table_ptr, up_scaling_ptr, gate_up_z_ptr,
-                HIDDEN, TOP_K, NUM_EXPERTS, NUM_ADAPTERS, MAX_PAGES, PAGE_LANES, PAGE_ROWS,
-                GATE_UP_Z_ROWS, GATE_UP_Z_COLUMNS, GATE_UP_SHRINK_K,
+                HIDDEN, TOP_K, NUM_EXPERTS, EXPERTS_POW2, NUM_ADAPTERS, MAX_PAGES, PAGE_LANES,
+                PAGE_ROWS, GATE_UP_Z_ROWS, GATE_UP_Z_COLUMNS, GATE_UP_SHRINK_K,
             )  # fmt: skip
             signal(shrunk_ptr)
     elif program < GATED:
