@@ -111,10 +111,10 @@ MODELS: dict[str, dict[str, Any]] = {
 #: Kinds of kernels, by what is found in their names. The first that matches counts.
 KINDS = {
     "experts": "layer_in_one_launch|token_|gate_up|down_|combine|sort|count_|scan_|place_"
-    "|list_steps|grouped_product",
+    "|list_steps|grouped_product|shrink_r",
     "router": "route_token",
     "attention": "attend_tiles|join_splits",
-    "linear maps": "linear_tiles|dense|shrink",
+    "linear maps": "linear_tiles|dense|shrink_tiles|expand_tiles",
     "norms and heads": "add_and_normalise|prepare_group",
     "cache": "scatter|write_cache",
     "copies": "memcpy|memset|copy|dynamic.slice",

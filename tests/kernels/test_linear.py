@@ -18,10 +18,11 @@ SHAPES = {
     "two pages": Shape(33, 1, 1, 20, 48, 10, 2),
     "many adapters": Shape(128, 1, 1, 320, 192, 64, 4),
     "two launches": Shape(300, 1, 1, 320, 192, 5, 1),
+    "columns in parts": Shape(200, 1, 1, 1024, 72, 5, 1),
     "products of XLA": Shape(1100, 1, 1, 136, 72, 5, 2),
 }
 IMPLEMENTATIONS = ["reference", pytest.param("triton", marks=pytest.mark.gpu)]
-#: Sums of up to 320 products, rounded once; bfloat16 also rounds the rank activations.
+#: Sums of up to 1024 products, rounded once; bfloat16 also rounds the rank activations.
 TOLERANCE = {"float32": 1e-5, "bfloat16": 5e-3}
 
 

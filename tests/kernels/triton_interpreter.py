@@ -30,7 +30,14 @@ from moelora_kernels import (
     sort_tokens,
 )
 from moelora_kernels.linear import api as linear_api
-from moelora_kernels.tuning.tiles import GemmTiles, LinearTiles, MoeTiles, ShrinkTiles
+from moelora_kernels.linear import triton_many_rows
+from moelora_kernels.tuning.tiles import (
+    GemmTiles,
+    LinearLoraTiles,
+    LinearTiles,
+    MoeTiles,
+    ShrinkTiles,
+)
 from tests.kernels.cases import (
     LAYER,
     LayerCase,
@@ -96,7 +103,11 @@ TILES = (
 
 #: One or several tiles of rows.
 LINEAR_TILES = (LinearTiles(16, 16, 16, 1, 1), LinearTiles(64, 16, 32, 1, 1))
-LINEAR_LORA_TILES = LinearTiles(32, 16, 32, 1, 1, shrink_rows=16, shrink_k=32)
+#: Programs that have all columns, and that share them, some of which have few.
+LINEAR_LORA_TILES = (
+    LinearLoraTiles(16, 16, 2, 1, 32, 16, 1),
+    LinearLoraTiles(32, 16, 1, 3, 16, 32, 1),
+)
 
 
 def layer(
@@ -324,16 +335,16 @@ def check_dense(shape: Shape, dtype: str) -> None:
     print("dense", tuple(shape), dtype, flush=True)
 
 
-def check_linear(shape: Shape, dtype: str, num_maps: int, tiles: LinearTiles | None) -> None:
+def check_linear(
+    shape: Shape, dtype: str, num_maps: int, tiles: LinearTiles | LinearLoraTiles
+) -> None:
     """Maps of one input, of which the second has a bias and the third no pages.
 
-    Without tiles the products are XLA's.
+    With tiles of LoRA alone the products are XLA's.
     """
-    linear_api.MAX_ROWS = 0 if tiles is None else 128
+    linear_api.MAX_ROWS = 128 if isinstance(tiles, LinearTiles) else 0
     linear_api.linear_tiles = lambda *_: tiles
-    linear_api.linear_lora_tiles = lambda *_: LinearTiles(
-        32, 16, 32, 1, 1, shrink_rows=16, shrink_k=32
-    )
+    triton_many_rows.linear_lora_tiles = lambda *_: tiles
     case = LayerCase(LayerSpec(shape, dtype=dtype, num_tokens=shape.tokens - 1, seed=4))  # type: ignore[arg-type]
     rng = np.random.default_rng(0)
 
@@ -428,7 +439,7 @@ def main() -> None:
     from moelora_kernels.sort import triton as sort
 
     modules = (combine, dense, expert_lora, fused_experts, heads, linear, router, sort)
-    for module in (*modules, triton_one_token):
+    for module in (*modules, triton_many_rows, triton_one_token):
         module.launch = interpret  # type: ignore[attr-defined]
     check_route()
     check_heads(6, 2, 20, norms=True)
@@ -456,9 +467,12 @@ def main() -> None:
     for shape in DENSE_SHAPES:
         check_dense(shape, "float32")
         check_dense(shape, "float16")
-        for tiles, num_maps in itertools.product((*LINEAR_TILES, None), (1, 3)):
-            check_linear(shape, "float32", num_maps, tiles)
-        check_linear(shape, "float16", 2, LINEAR_TILES[0])
+        for linear_tiles, num_maps in itertools.product(
+            (*LINEAR_TILES, *LINEAR_LORA_TILES), (1, 3)
+        ):
+            check_linear(shape, "float32", num_maps, linear_tiles)
+        for linear_tiles in (LINEAR_TILES[0], LINEAR_LORA_TILES[0]):
+            check_linear(shape, "float16", 2, linear_tiles)
 
 
 if __name__ == "__main__":

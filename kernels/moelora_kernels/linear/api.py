@@ -9,7 +9,7 @@ from jaxtyping import Float, Int32
 
 from moelora_kernels.backend import Implementation, choose
 from moelora_kernels.dense_lora.reference import dense_lora
-from moelora_kernels.tuning.tiles import linear_lora_tiles, linear_tiles
+from moelora_kernels.tuning.tiles import linear_tiles
 from moelora_kernels.types import Buffer, LinearMap, TokenSort
 
 #: Rows up to which reading the weights takes most of the time, so that one launch is best. With 0
@@ -50,7 +50,7 @@ def linear_lora(
     """
     dtype = jnp.dtype(dtype or x.dtype)
     if choose(implementation) == "triton":
-        from moelora_kernels.linear import triton
+        from moelora_kernels.linear import triton, triton_many_rows
 
         if len(x) <= MAX_ROWS:
             outputs = sum(m.weight.shape[1] for m in maps)
@@ -65,7 +65,7 @@ def linear_lora(
         y = linear(x, weight, bias, dtype=dtype)
         if sort is None:
             return y
-        return triton.add_lora(x, y, maps, layer, sort, linear_lora_tiles(len(x), x.dtype))
+        return triton_many_rows.add_lora(x, y, maps, layer, sort)
     products = [
         linear(x, weight[layer], None if bias is None else bias[layer], dtype=dtype)
         for weight, bias, _ in maps

@@ -1,10 +1,8 @@
 """Linear maps with LoRA in Triton, whose weights are read where they are in the stack.
 
-With few rows all is one launch. The first programs shrink, one row for one map each. The others
+All is one launch, for few rows. The first programs shrink, one row for one map each. The others
 have some columns of one map, and read weights meanwhile; they wait for the rank activations only
-when their sums are complete, as :mod:`moelora_kernels.expert_lora.triton` says. With many rows XLA
-multiplies, one launch shrinks tiles of rows, and another adds what they expand to. Rows are in the
-order of the sort, so that the rows of an adapter lie together.
+when their sums are complete, as :mod:`moelora_kernels.expert_lora.triton` says.
 """
 
 from collections.abc import Sequence
@@ -36,8 +34,6 @@ from moelora_kernels.types import PAGE_ROWS, SIGNALS, Buffer, LinearMap, SitePag
 
 #: Maps that one launch has parameters for.
 MAX_MAPS = 3
-#: Programs that share the adapters of a tile of rows when a launch of its own shrinks.
-SHARED_BY = 4
 
 
 def linear_lora(
@@ -58,59 +54,6 @@ def linear_lora(
     ranks = jax.ShapeDtypeStruct((len(maps), len(x), sites[0].max_rank), x.dtype)
     counters = given_or_new(signals, SIGNALS, jnp.int32)
     return _launch(x, maps, layer, sort, [counters], [ranks, y], tiles, dtype, shrinks=True)[1]
-
-
-def add_lora(
-    x: Array,
-    y: Array,
-    maps: Sequence[LinearMap],
-    layer: Array,
-    sort: TokenSort,
-    tiles: LinearTiles,
-) -> Array:
-    """``y``, which is what the maps make of ``x``, with LoRA: a shrink and an expand."""
-    if not _sites(maps, sort):
-        return y
-    z = shrink(x, maps, layer, sort, tiles)
-    # XLA makes no copy here where nothing else reads the products.
-    total: Any = jax.new_ref(y)
-    _launch(x, maps, layer, sort, [None, z], [total], tiles, y.dtype, multiply=False)
-    return jax.freeze(total)
-
-
-def shrink(
-    x: Array, maps: Sequence[LinearMap], layer: Array, sort: TokenSort | None, tiles: LinearTiles
-) -> Array:
-    """Rank activations ``[maps, tokens, max_rank]`` of sorted rows, of those with an adapter."""
-    assert sort is not None
-    tokens, width = x.shape
-    (site, *_) = _sites(maps, sort)
-    _, _, adapters, max_pages, _ = site.table.shape
-    factors: list[Any] = []
-    for m in maps:
-        factors += (
-            [None] * 3 if m.pages is None else [m.pages.a_pool, m.pages.table, m.pages.scaling]
-        )
-    factors += [None] * (3 * (MAX_MAPS - len(maps)))
-    row_tiles = triton.cdiv(tokens, tiles.shrink_rows)
-    (z,) = launch(
-        shrink_tiles,
-        (x, scalar(layer), sort.order, sort.group_of_row, *factors),
-        [jax.ShapeDtypeStruct((len(maps), tokens, site.max_rank), x.dtype)],
-        None,
-        Launch((row_tiles * SHARED_BY, max_pages, len(maps)), num_warps=4, num_stages=3),
-        WIDTH=width,
-        TOKENS=tokens,
-        NUM_ADAPTERS=adapters,
-        MAX_PAGES=max_pages,
-        PAGE_ROWS=PAGE_ROWS,
-        Z_COLUMNS=site.max_rank,
-        SHARED_BY=SHARED_BY,
-        BLOCK_M=tiles.shrink_rows,
-        BLOCK_K=min(tiles.shrink_k, max(triton.next_power_of_2(width), 16)),
-        PRECISION=precision(x.dtype),
-    )
-    return z
 
 
 def _sites(maps: Sequence[LinearMap], sort: TokenSort | None) -> list[SitePages]:
@@ -379,103 +322,3 @@ def linear_tile(
             OUT, 1, MAX_PAGES, PAGE_ROWS, Z_COLUMNS, BLOCK_M, SLOTS, PAGES, PRECISION,
         )  # fmt: skip
     tl.store(y_ptrs, total.to(y_ptr.dtype.element_ty), mask=stored)
-
-
-@triton.jit
-def shrink_tiles(
-    x_ptr,
-    layer_ptr,
-    order_ptr,
-    group_ptr,
-    a_0_ptr,
-    table_0_ptr,
-    scaling_0_ptr,
-    a_1_ptr,
-    table_1_ptr,
-    scaling_1_ptr,
-    a_2_ptr,
-    table_2_ptr,
-    scaling_2_ptr,
-    z_ptr,
-    WIDTH: tl.constexpr,
-    TOKENS: tl.constexpr,
-    NUM_ADAPTERS: tl.constexpr,
-    MAX_PAGES: tl.constexpr,
-    PAGE_ROWS: tl.constexpr,
-    Z_COLUMNS: tl.constexpr,
-    SHARED_BY: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
-    """A tile of rows, one page and one map; ``SHARED_BY`` programs share the tile's adapters."""
-    tile, share = tl.program_id(0) // SHARED_BY, tl.program_id(0) % SHARED_BY
-    page, number = tl.program_id(1), tl.program_id(2)
-    layer = tl.load(layer_ptr)
-    rows = tile * BLOCK_M + tl.arange(0, BLOCK_M)
-    inside = rows < TOKENS
-    token = tl.load(order_ptr + rows, mask=inside, other=-1)
-    inside = token >= 0
-    adapter, slot, num_slots = tile_adapters(
-        tile * BLOCK_M, rows, inside, 0, group_ptr, NUM_ADAPTERS
-    )
-    x_ptrs = x_ptr + tl.where(inside, token, 0).to(tl.int64) * WIDTH
-    z_ptrs = z_ptr + (number * TOKENS + rows) * Z_COLUMNS + page * PAGE_ROWS
-    for chosen in range(share, num_slots, SHARED_BY):
-        mine = slot == chosen
-        this = tl.max(tl.where(mine, adapter, 0), 0)
-        entry = (layer * 2 * NUM_ADAPTERS + this) * MAX_PAGES + page
-        factor = layer * NUM_ADAPTERS + this
-        # A branch per map keeps the alignment of each pool known to the compiler.
-        if number == 0:
-            if a_0_ptr is not None:
-                shrink_tile(
-                    x_ptrs, mine, a_0_ptr, table_0_ptr + entry, scaling_0_ptr + factor, z_ptrs,
-                    WIDTH, PAGE_ROWS, BLOCK_M, BLOCK_K, PRECISION,
-                )  # fmt: skip
-        elif number == 1:
-            if a_1_ptr is not None:
-                shrink_tile(
-                    x_ptrs, mine, a_1_ptr, table_1_ptr + entry, scaling_1_ptr + factor, z_ptrs,
-                    WIDTH, PAGE_ROWS, BLOCK_M, BLOCK_K, PRECISION,
-                )  # fmt: skip
-        elif a_2_ptr is not None:
-            shrink_tile(
-                x_ptrs, mine, a_2_ptr, table_2_ptr + entry, scaling_2_ptr + factor, z_ptrs,
-                WIDTH, PAGE_ROWS, BLOCK_M, BLOCK_K, PRECISION,
-            )  # fmt: skip
-
-
-@triton.jit
-def shrink_tile(
-    x_ptrs,
-    mine,
-    pool_ptr,
-    entry_ptr,
-    scaling_ptr,
-    z_ptrs,
-    WIDTH: tl.constexpr,
-    PAGE_ROWS: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
-    """``z = scaling · A · x`` for the rows of one adapter and one page, if it has that page."""
-    pool_row = tl.load(entry_ptr)
-    if pool_row >= 0:
-        rank, depth = tl.arange(0, PAGE_ROWS), tl.arange(0, BLOCK_K)
-        x_tile = x_ptrs[:, None] + depth[None, :]
-        a_tile = pool_ptr + pool_row.to(tl.int64) * (PAGE_ROWS * WIDTH)
-        a_tile += rank[None, :] * WIDTH + depth[:, None]
-        z = tl.zeros([BLOCK_M, PAGE_ROWS], tl.float32)
-        for k in range(0, WIDTH, BLOCK_K):
-            if WIDTH % BLOCK_K == 0:
-                x = tl.load(x_tile + k)
-                a = tl.load(a_tile + k)
-            else:
-                left = k + depth < WIDTH
-                x = tl.load(x_tile + k, mask=left[None, :], other=0.0)
-                a = tl.load(a_tile + k, mask=left[:, None], other=0.0)
-            z = tl.dot(x, a, z, input_precision=PRECISION)
-        z = (z * tl.load(scaling_ptr)).to(z_ptrs.dtype.element_ty)
-        tl.store(z_ptrs[:, None] + rank[None, :], z, mask=mine[:, None])

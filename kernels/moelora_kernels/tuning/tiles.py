@@ -91,9 +91,6 @@ class LinearTiles:
         num_warps: warps per program.
         num_stages: steps whose loads are in flight.
         stack: pages of adapters that are multiplied at once.
-        shrink_rows: rows of a tile of the launch before that makes the rank activations, where
-            there is one.
-        shrink_k: summed columns of one of its steps.
     """
 
     block_m: int
@@ -102,8 +99,29 @@ class LinearTiles:
     num_warps: int
     num_stages: int
     stack: int = 4
-    shrink_rows: int = 0
-    shrink_k: int = 0
+
+
+@dataclass(frozen=True)
+class LinearLoraTiles:
+    """Launch parameters of LoRA of linear maps with many rows.
+
+    Attributes:
+        shrink_rows: rows of a program that shrinks.
+        shrink_k: summed columns of one step of a warp of it.
+        shrink_warps: its warps, each of which sums columns of its own.
+        parts: programs that share the columns of a tile of rows.
+        block_m: rows of a program that expands.
+        block_n: its output columns.
+        num_warps: its warps.
+    """
+
+    shrink_rows: int
+    shrink_k: int
+    shrink_warps: int
+    parts: int
+    block_m: int
+    block_n: int
+    num_warps: int
 
 
 @dataclass(frozen=True)
@@ -258,15 +276,23 @@ def linear_tiles(tokens: int, outputs: int, maps: int, dtype: DTypeLike) -> Line
     return LinearTiles(block_m, block_n, block_k, 4, max(1, stages(block_k)), stack)
 
 
-def linear_lora_tiles(tokens: int, dtype: DTypeLike) -> LinearTiles:
-    """Tiles of the launches that add LoRA to linear maps of many rows."""
-    rows, is_float32 = 16 if tokens <= 1024 else 32, jnp.dtype(dtype) == jnp.float32
-    # Three stages of rows and pages, twice, as above.
-    columns = _shared_memory() // (2 * 3 * (rows + PAGE_ROWS) * jnp.dtype(dtype).itemsize)
-    shrink_k = next(k for k in (256, 128, 64, 32) if k <= max(columns, 32))
-    if is_float32:
-        return LinearTiles(32, 32, 32, 4, 2, shrink_rows=rows, shrink_k=shrink_k)
-    return LinearTiles(32, 128, 64, 4, 1, shrink_rows=rows, shrink_k=shrink_k)
+def linear_lora_tiles(
+    tokens: int, width: int, sites: int, pages: int, dtype: DTypeLike
+) -> LinearLoraTiles:
+    """Tiles of LoRA of ``sites`` linear maps with many rows, whose tables have ``pages``."""
+    rows, warps, size = 16 if tokens <= 1024 else 32, 4, jnp.dtype(dtype).itemsize
+    # Three stages of rows and of a page of each map, whose number is rounded up to a power of two.
+    lines = rows + PAGE_ROWS * (1 << (sites - 1).bit_length())
+    columns = _shared_memory() // (3 * lines * warps * size)
+    # Products of float32 run on the ordinary units, which have few registers for them.
+    shrink_k = next(k for k in ((64, 32, 16) if size < 4 else (16,)) if k <= max(columns, 16))
+    # All processors have work, of at least a step.
+    parts = max(1, min(PROCESSORS // -(-tokens // rows), width // (warps * shrink_k)))
+    if size == 4:
+        return LinearLoraTiles(rows, shrink_k, warps, parts, 32, 32, 4)
+    # Sums, and pages that are multiplied at once, must fit into registers.
+    block_m, block_n = (32 if tokens <= 1024 else 64), 256 // min(1 << (pages - 1).bit_length(), 4)
+    return LinearLoraTiles(rows, shrink_k, warps, parts, block_m, block_n, 4)
 
 
 def _shared_memory() -> int:
