@@ -99,7 +99,8 @@ TILES = (
     MoeTiles(16, PRODUCTS, PRODUCTS),
     MoeTiles(16, *[replace(PRODUCTS, shrink=RUNS)] * 2),
 )
-
+#: Rows enough that a tile of one adapter is treated apart.
+PROMPT_TILES = MoeTiles(64, *[replace(PRODUCTS, shrink=RUNS)] * 2)
 
 #: One or several tiles of rows.
 LINEAR_TILES = (LinearTiles(16, 16, 16, 1, 1), LinearTiles(64, 16, 32, 1, 1))
@@ -464,6 +465,11 @@ def main() -> None:
         for tiles in TILES if shape.tokens > 1 else TILES[:1]:
             check_layer(shape, "float32", None, tiles, bias=shape.tokens == 1)
         check_layer(shape, "float16", shape.tokens // 2, TILES[0])
+    # Tiles of one adapter, and of several; one page, and more than are multiplied at once.
+    for max_pages, assignment in ((1, "one"), (5, "one"), (3, "runs")):
+        shape = Shape(130, 1, 1, 20, 24, 2, max_pages)
+        spec = LayerSpec(shape, num_tokens=129, assignment=assignment)  # type: ignore[arg-type]
+        check_case(LayerCase(spec), PROMPT_TILES)
     for shape in DENSE_SHAPES:
         check_dense(shape, "float32")
         check_dense(shape, "float16")

@@ -40,6 +40,8 @@ CHUNK_TOKENS = 256
 CHUNK_PROGRAMS = 32
 #: Pages that a program of the shrink multiplies at once, at most.
 STACK_PAGES = 8
+#: Rows of a tile from which on a tile whose rows have one adapter is treated apart: a prompt's.
+ONE_ADAPTER_ROWS = tl.constexpr(64)
 #: Columns of a page that a warp of a product loads at once when it shrinks.
 SHRINK_COLUMNS = 64
 
@@ -831,6 +833,13 @@ def tile_adapters(first, rows, inside, expert, group_ptr, NUM_ADAPTERS: tl.const
 
 
 @triton.jit
+def only_adapter(first, end, expert, group_ptr, NUM_ADAPTERS: tl.constexpr):
+    """The adapter of a tile of rows of one expert if all of them have the same, else -1."""
+    first_group, last_group = tl.load(group_ptr + first), tl.load(group_ptr + end - 1)
+    return tl.where(first_group == last_group, first_group - expert * (NUM_ADAPTERS + 1) - 1, -1)
+
+
+@triton.jit
 def find_adapters(first_slot, adapter, slot, SLOTS: tl.constexpr):
     """``SLOTS`` adapters of a tile, -1 past the last, and the rows of each: ``[rows, SLOTS]``."""
     mine = slot[:, None] == (first_slot + tl.arange(0, SLOTS))[None, :]
@@ -960,6 +969,34 @@ def add_expand(
                 stacked = stack_ranks(z, mine, pool_row, ROWS, SLOTS, PAGES, PAGE_ROWS)
                 total = tl.dot(stacked, b, total, input_precision=PRECISION)
     return total
+
+
+@triton.jit
+def expand_both(
+    gate,
+    up,
+    gate_z,
+    up_z,
+    mine,
+    gate_row,
+    up_row,
+    columns,
+    gate_b_ptr,
+    up_b_ptr,
+    WIDTH: tl.constexpr,
+    ROWS: tl.constexpr,
+    SLOTS: tl.constexpr,
+    PAGES: tl.constexpr,
+    PAGE_ROWS: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """One step of :func:`add_expand` for gate and up."""
+    gate_b = load_pages(gate_row, columns, gate_b_ptr, WIDTH, SLOTS, PAGES, PAGE_ROWS)
+    up_b = load_pages(up_row, columns, up_b_ptr, WIDTH, SLOTS, PAGES, PAGE_ROWS)
+    stacked = stack_ranks(gate_z, mine, gate_row, ROWS, SLOTS, PAGES, PAGE_ROWS)
+    gate = tl.dot(stacked, gate_b, gate, input_precision=PRECISION)
+    stacked = stack_ranks(up_z, mine, up_row, ROWS, SLOTS, PAGES, PAGE_ROWS)
+    return gate, tl.dot(stacked, up_b, up, input_precision=PRECISION)
 
 
 @triton.jit
@@ -1180,6 +1217,13 @@ def gate_up_tile(
             slot_adapter, mine = find_adapters(0, adapter, slot, SLOTS)
             gate_row = find_pages(slot_adapter, 0, gate_table_ptr, NUM_EXPERTS, MAX_PAGES, PAGES)
             up_row = find_pages(slot_adapter, 0, up_table_ptr, NUM_EXPERTS, MAX_PAGES, PAGES)
+            if BLOCK_M >= ONE_ADAPTER_ROWS:
+                only = only_adapter(first, end, expert, group_ptr, NUM_ADAPTERS)
+                only_slot = only + tl.zeros([1], tl.int32)
+                only_gate_row = find_pages(
+                    only_slot, 0, gate_table_ptr, NUM_EXPERTS, MAX_PAGES, PAGES
+                )
+                only_up_row = find_pages(only_slot, 0, up_table_ptr, NUM_EXPERTS, MAX_PAGES, PAGES)
         gate = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
         up = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
         for k in range(0, HIDDEN, BLOCK_K):
@@ -1209,8 +1253,26 @@ def gate_up_tile(
                     up_z = load_ranks(
                         rows, adapter, first_page, up_z_ptr, Z_COLUMNS, PAGES, PAGE_ROWS
                     )
-                    for first_slot in tl.range(0, num_slots, SLOTS, num_stages=EXPAND_STAGES):
-                        if (EXPAND_STAGES > 1) | (first_slot > 0) | (first_page > 0):
+                    several = num_slots
+                    if BLOCK_M >= ONE_ADAPTER_ROWS:
+                        if only >= 0:
+                            several = 0
+                            if first_page > 0:
+                                only_gate_row = find_pages(
+                                    only_slot, first_page, gate_table_ptr,
+                                    NUM_EXPERTS, MAX_PAGES, PAGES,
+                                )  # fmt: skip
+                                only_up_row = find_pages(
+                                    only_slot, first_page, up_table_ptr,
+                                    NUM_EXPERTS, MAX_PAGES, PAGES,
+                                )  # fmt: skip
+                            gate, up = expand_both(
+                                gate, up, gate_z, up_z, (adapter >= 0)[:, None], only_gate_row,
+                                only_up_row, columns, gate_b_ptr, up_b_ptr,
+                                INTERMEDIATE, BLOCK_M, 1, PAGES, PAGE_ROWS, PRECISION,
+                            )  # fmt: skip
+                    for first_slot in tl.range(0, several, SLOTS, num_stages=1):
+                        if (first_slot > 0) | (first_page > 0):
                             slot_adapter, mine = find_adapters(first_slot, adapter, slot, SLOTS)
                             gate_row = find_pages(
                                 slot_adapter, first_page, gate_table_ptr,
@@ -1220,18 +1282,11 @@ def gate_up_tile(
                                 slot_adapter, first_page, up_table_ptr,
                                 NUM_EXPERTS, MAX_PAGES, PAGES,
                             )  # fmt: skip
-                        gate_b = load_pages(
-                            gate_row, columns, gate_b_ptr, INTERMEDIATE, SLOTS, PAGES, PAGE_ROWS
-                        )
-                        up_b = load_pages(
-                            up_row, columns, up_b_ptr, INTERMEDIATE, SLOTS, PAGES, PAGE_ROWS
-                        )
-                        stacked = stack_ranks(
-                            gate_z, mine, gate_row, BLOCK_M, SLOTS, PAGES, PAGE_ROWS
-                        )
-                        gate = tl.dot(stacked, gate_b, gate, input_precision=PRECISION)
-                        stacked = stack_ranks(up_z, mine, up_row, BLOCK_M, SLOTS, PAGES, PAGE_ROWS)
-                        up = tl.dot(stacked, up_b, up, input_precision=PRECISION)
+                        gate, up = expand_both(
+                            gate, up, gate_z, up_z, mine, gate_row, up_row, columns,
+                            gate_b_ptr, up_b_ptr,
+                            INTERMEDIATE, BLOCK_M, SLOTS, PAGES, PAGE_ROWS, PRECISION,
+                        )  # fmt: skip
         hidden = activate(gate, up, ACTIVATION)
         tl.store(
             out_ptr + rows.to(tl.int64)[:, None] * INTERMEDIATE + columns[None, :],
@@ -1383,6 +1438,10 @@ def down_tile(
             # Looked up before the products, which then hide the wait.
             slot_adapter, mine = find_adapters(0, adapter, slot, SLOTS)
             pool_row = find_pages(slot_adapter, 0, table_ptr, NUM_EXPERTS, MAX_PAGES, PAGES)
+            if BLOCK_M >= ONE_ADAPTER_ROWS:
+                only = only_adapter(first, end, expert, group_ptr, NUM_ADAPTERS)
+                only_slot = only + tl.zeros([1], tl.int32)
+                only_row = find_pages(only_slot, 0, table_ptr, NUM_EXPERTS, MAX_PAGES, PAGES)
         total = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
         for k in range(0, INTERMEDIATE, BLOCK_K):
             if INTERMEDIATE % BLOCK_K == 0:
@@ -1400,11 +1459,21 @@ def down_tile(
             if num_slots > 0:
                 if shrunk_ptr is not None:
                     wait_for(shrunk_ptr, producers)
+                several = num_slots
+                if BLOCK_M >= ONE_ADAPTER_ROWS:
+                    if only >= 0:
+                        several = 0
+                        total = add_expand(
+                            total, rows, adapter, slot, num_slots, (adapter >= 0)[:, None],
+                            only_row, columns, z_ptr, table_ptr, b_ptr,
+                            HIDDEN, NUM_EXPERTS, MAX_PAGES, PAGE_ROWS, Z_COLUMNS, BLOCK_M, 1, PAGES,
+                            PRECISION,
+                        )  # fmt: skip
                 total = add_expand(
-                    total, rows, adapter, slot, num_slots, mine, pool_row, columns,
+                    total, rows, adapter, slot, several, mine, pool_row, columns,
                     z_ptr, table_ptr, b_ptr,
                     HIDDEN, NUM_EXPERTS, MAX_PAGES, PAGE_ROWS, Z_COLUMNS, BLOCK_M, SLOTS, PAGES,
-                    PRECISION, EXPAND_STAGES,
+                    PRECISION,
                 )  # fmt: skip
         tl.store(
             out_ptr + rows.to(tl.int64)[:, None] * HIDDEN + columns[None, :],
