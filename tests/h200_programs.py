@@ -2,7 +2,7 @@
 
 Prints one JSON object: for each program its donated, aliased, temporary and new output bytes, and
 the launches outside and inside of the loop over layers, by the kind of thunk XLA makes of them, and
-how many copies are among all. Names on the command line choose programs.
+how many copies and sorts are among all. Names on the command line choose programs.
 """
 
 import json
@@ -138,6 +138,7 @@ def main() -> None:
             "aliased_bytes": memory.alias_size_in_bytes,
             "new_output_bytes": memory.output_size_in_bytes - memory.alias_size_in_bytes,
             "temporary_bytes": memory.temp_size_in_bytes,
+            "sorts": len(re.findall(r" (?:sort|topk)\(|Sort|TopK", program.as_text())),
             "copies": len(re.findall(r"\d+: kCopy", sequence.read_text())),
             **thunks(sequence.read_text()),
         }

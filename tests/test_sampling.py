@@ -4,9 +4,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as npst
 
 from moelora_jax import RequestError, Sampling
-from moelora_jax.engine.sampling import sample
+from moelora_jax.engine.sampling import (
+    _most_probable,
+    _order,
+    _threshold,
+    log_probabilities,
+    sample,
+)
 
 DRAWS = 4000
 run = jax.jit(sample)
@@ -78,6 +87,60 @@ def test_greedy_rows_beside_sampled_ones() -> None:
             jnp.zeros(2, jnp.int32),
         )
         assert tokens[0] == 1
+
+
+FINITE = st.floats(-(2.0**99), 2.0**99, width=32, allow_subnormal=False)
+SCORES = npst.arrays(np.float32, 37, elements=FINITE | st.just(-np.inf))
+
+
+@given(SCORES, st.integers(1, 40))
+def test_the_threshold_of_a_count(scores: np.ndarray, count: int) -> None:
+    order = np.asarray(_order(jnp.asarray(scores)))
+    threshold = jax.jit(_threshold)(order, np.ones(37, np.float32), np.float32(count))
+    expected = np.sort(order)[-count] if count <= 37 else 0
+    assert threshold == expected
+    # Sorted by these integers is sorted by score.
+    in_order = scores[np.argsort(order, kind="stable")]
+    assert (in_order[1:] >= in_order[:-1]).all()
+
+
+@given(SCORES, npst.arrays(np.int32, 37, elements=st.integers(0, 9)), st.integers(1, 400))
+def test_the_threshold_of_a_weight(scores: np.ndarray, weights: np.ndarray, target: int) -> None:
+    # Sums of small integers are exact.
+    order = np.asarray(_order(jnp.asarray(scores)))
+    threshold = jax.jit(_threshold)(order, weights.astype(np.float32), np.float32(target))
+    reached = [v for v in order if weights[order >= v].sum() >= target]
+    if not reached:
+        assert (order >= threshold).all()
+    else:
+        assert (order[order >= threshold] >= max(reached)).all()
+        assert weights[order >= threshold].sum() >= target
+
+
+@given(SCORES, st.integers(1, 37))
+def test_the_most_probable_tokens(scores: np.ndarray, count: int) -> None:
+    values, tokens = _most_probable(jnp.asarray(scores), count)
+    expected = np.lexsort((np.arange(37), -scores.astype(np.float64)))[:count]
+    # The order of the bits tells 0 from -0, which are equal numbers.
+    np.testing.assert_array_equal(np.asarray(values), scores[expected])
+    assert len(set(np.asarray(tokens).tolist())) == count
+
+
+def test_equally_probable_tokens_stay_together() -> None:
+    frequencies = draw([2.0, 1.0, 1.0, 0.0], temperature=1.0, top_k=2)
+    assert (frequencies[:3] > 0).all() and frequencies[3] == 0
+
+
+def test_log_probabilities_of_a_wide_vocabulary() -> None:
+    logits = np.random.default_rng(0).normal(size=(3, 5000)).astype(np.float32)
+    chosen = jnp.asarray([4, 0, 4999], jnp.int32)
+    out = jax.jit(log_probabilities)(logits, chosen, jnp.int32(1))
+    expected = np.log([softmax(row.astype(np.float64)) for row in logits])
+    # Float32 rounds numbers of about 10, the normaliser, to 1e-6.
+    np.testing.assert_allclose(out.logprobs, expected[np.arange(3), chosen], atol=5e-6)
+    best = np.argsort(-expected, axis=1)[:, :20]
+    np.testing.assert_array_equal(out.top_tokens, best)
+    np.testing.assert_allclose(out.top_logprobs, np.take_along_axis(expected, best, 1), atol=5e-6)
 
 
 @pytest.mark.parametrize(

@@ -100,6 +100,10 @@ class Runner:
         packed = jax.device_put(self.layout(key).pack(batch))
         pages = self.pool.device_pages() if key.lora else None
         self.state, out = self.programs[key](self.state, self._params, pages, packed)
+        if isinstance(out, Sampled):
+            # Now, or the copy would queue behind the next step. It is the one read that is planned.
+            with jax.transfer_guard_device_to_host("allow"):
+                out.tokens.copy_to_host_async()
         return out
 
     def recover(self) -> None:

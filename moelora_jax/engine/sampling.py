@@ -1,4 +1,9 @@
-"""Choosing the next token on the device."""
+"""Choosing the next token on the device.
+
+Nothing here sorts the vocabulary. XLA gives a sort of that size to a library whose launches cannot
+be part of a command buffer, and the host would then wait in the middle of each step to learn which
+branch of a conditional to launch.
+"""
 
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -6,7 +11,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
-from jaxtyping import Float, Int32
+from jaxtyping import Float, Int32, UInt32
 
 from moelora_jax.errors import RequestError
 
@@ -69,15 +74,15 @@ def log_probabilities(
     Args:
         logits: float32 scores, before temperature, top-k and top-p.
         tokens: the chosen tokens.
-        wanted: 0 if no row needs them; the vocabulary is then not sorted.
+        wanted: 0 if no row needs them; nothing is computed then.
     """
     rows, most = tokens.shape[0], min(MAX_LOGPROBS, logits.shape[1])
 
     def compute() -> Sampled:
         scores = jax.nn.log_softmax(logits)
-        top, which = lax.top_k(scores, most)
+        top, which = jax.vmap(lambda row: _most_probable(row, most))(scores)
         chosen = jnp.take_along_axis(scores, tokens[:, None], axis=1)[:, 0]
-        return Sampled(tokens, chosen, which.astype(jnp.int32), top)
+        return Sampled(tokens, chosen, which, top)
 
     def skip() -> Sampled:
         return Sampled(
@@ -114,19 +119,67 @@ def sample(
         drawn = jax.vmap(_draw)(logits, temperature, top_k, top_p, seed, position)
         return jnp.where(temperature > 0, drawn, greedy)
 
-    # Sorting the vocabulary is skipped while all rows are greedy.
+    # Thresholds and noise are skipped while all rows are greedy.
     return lax.cond(jnp.any(temperature > 0), draw, lambda: greedy)
 
 
 def _draw(
     logits: Array, temperature: Array, top_k: Array, top_p: Array, seed: Array, position: Array
 ) -> Array:
-    tokens = jnp.argsort(-logits).astype(jnp.int32)
-    scores = logits[tokens] / jnp.where(temperature > 0, temperature, 1.0)
-    rank = jnp.arange(scores.shape[0], dtype=jnp.int32)
-    scores = jnp.where((top_k == 0) | (rank < top_k), scores, -jnp.inf)
-    probability = jax.nn.softmax(scores)
-    more_probable = jnp.cumsum(probability) - probability
-    scores = jnp.where((rank == 0) | (more_probable < top_p), scores, -jnp.inf)
+    """Sample one row among the tokens that top-k, and then top-p, leave it."""
+    scores = logits / jnp.where(temperature > 0, temperature, 1.0)
+    # Without a limit no count is enough, and all tokens stay.
+    count = jnp.where(top_k == 0, jnp.inf, top_k.astype(jnp.float32))
+    scores = _keep_best(scores, jnp.ones_like(scores), count)
+    scores = _keep_best(scores, jax.nn.softmax(scores), top_p)
     key = jax.random.fold_in(jax.random.key(seed), position)
-    return tokens[jax.random.categorical(key, scores)]
+    return jax.random.categorical(key, scores).astype(jnp.int32)
+
+
+def _keep_best(
+    scores: Float[Array, " vocab"], weights: Float[Array, " vocab"], target: Float[Array, ""]
+) -> Float[Array, " vocab"]:
+    """The fewest best tokens that have ``target`` in weight, and those equal to the last of them.
+
+    All stay if they have less. The scores of the others become -inf.
+    """
+    order = _order(scores)
+    return jnp.where(order >= _threshold(order, weights, target), scores, -jnp.inf)
+
+
+def _order(scores: Float[Array, " vocab"]) -> UInt32[Array, " vocab"]:
+    """Integers in the order of the scores, from their bits."""
+    bits = lax.bitcast_convert_type(scores, jnp.uint32)
+    sign = jnp.uint32(1 << 31)
+    return jnp.where(bits >= sign, ~bits, bits | sign)
+
+
+def _threshold(
+    order: UInt32[Array, " vocab"], weights: Float[Array, " vocab"], target: Float[Array, ""]
+) -> UInt32[Array, ""]:
+    """The largest number that tokens of at least ``target`` in weight reach; 0 if all have less.
+
+    It is found four bits at a time.
+    """
+    threshold = jnp.uint32(0)
+    for shift in range(28, -1, -4):
+        candidates = threshold + (jnp.arange(1, 16, dtype=jnp.uint32) << shift)
+        # One sum of the same shape for each, so rounding keeps them in order.
+        reached = jnp.sum(jnp.where(order >= candidates[:, None], weights, 0.0), axis=1) >= target
+        threshold += jnp.sum(reached, dtype=jnp.uint32) << shift
+    return threshold
+
+
+def _most_probable(
+    scores: Float[Array, " vocab"], count: int
+) -> tuple[Float[Array, " count"], Int32[Array, " count"]]:
+    """The largest scores and their tokens, the best first; of equal ones the first token first."""
+    order, token = _order(scores), jnp.arange(scores.shape[0], dtype=jnp.int32)
+    found = [jnp.argmax(order).astype(jnp.int32)]
+    while len(found) < count:
+        last = found[-1]
+        # No number is 0 but that of a NaN, so what came before is never chosen again.
+        comes_later = (order < order[last]) | ((order == order[last]) & (token > last))
+        found.append(jnp.argmax(jnp.where(comes_later, order, 0)).astype(jnp.int32))
+    tokens = jnp.stack(found)
+    return scores[tokens], tokens
