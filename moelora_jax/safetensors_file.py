@@ -4,9 +4,11 @@ Safetensors is the only tensor format that this package reads: a file is a heade
 shapes and offsets followed by raw numbers, so opening one can never run code.
 """
 
+import functools
 import json
 import os
 from collections.abc import Collection
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import TracebackType
 from typing import Any, NamedTuple
@@ -25,6 +27,10 @@ FLOAT_DTYPES: dict[str, np.dtype] = {
     # Importing ml_dtypes is also what teaches NumPy, and so safetensors, the name "bfloat16".
     "BF16": np.dtype(ml_dtypes.bfloat16),
 }
+
+
+# Bytes that one thread reads at a time.
+_CHUNK_BYTES = 16 * 2**20
 
 
 class TensorHeader(NamedTuple):
@@ -75,6 +81,7 @@ class SafetensorsFile:
         if not self.path.is_file():
             raise error(f"{self.path}: no such file")
         self._file: Any = None
+        self._raw: Any = None
         self._tensors: dict[str, Any] = {}  # With in_memory, in place of the file.
         try:
             if in_memory:
@@ -85,6 +92,7 @@ class SafetensorsFile:
                 }
             else:
                 self._file = safe_open(self.path, framework="np")
+                self._raw = self.path.open("rb", buffering=0)
                 self.headers = {name: self._header(name) for name in self._file.offset_keys()}
         except (SafetensorError, OSError) as cause:
             raise error(f"{self.path}: not a readable safetensors file: {cause}") from cause
@@ -105,6 +113,13 @@ class SafetensorsFile:
         handle = self._file.get_slice(name)
         return TensorHeader(handle.get_dtype(), tuple(handle.get_shape()))
 
+    @functools.cached_property
+    def _starts(self) -> dict[str, int]:
+        """Where the bytes of each tensor begin in the file."""
+        length = int.from_bytes(os.pread(self._raw.fileno(), 8, 0), "little")
+        header = json.loads(os.pread(self._raw.fileno(), length, 8))
+        return {name: 8 + length + header[name]["data_offsets"][0] for name in self.headers}
+
     def __enter__(self) -> "SafetensorsFile":
         return self
 
@@ -116,6 +131,7 @@ class SafetensorsFile:
     ) -> None:
         self._tensors = {}
         if self._file is not None:
+            self._raw.close()
             self._file.__exit__(kind, value, traceback)
 
     def read(self, name: str, dtypes: Collection[str] = FLOAT_DTYPES.keys()) -> np.ndarray:
@@ -146,6 +162,31 @@ class SafetensorsFile:
         except (SafetensorError, OSError) as cause:
             raise self._error(f"{self.path}: tensor {name!r} cannot be read: {cause}") from cause
         return tensor
+
+    def read_bytes_into(self, memory: np.ndarray, name: str, threads: ThreadPoolExecutor) -> None:
+        """Read the bytes of a tensor into memory that is there, which is faster than new memory.
+
+        Args:
+            memory: uint8, as long as the tensor.
+            name: the tensor.
+            threads: read parts of it side by side.
+
+        Raises:
+            error: if the file is shorter than it was, or cannot be read.
+        """
+        start, view = self._starts[name], memoryview(memory)
+
+        def read(at: int) -> None:
+            while at < (stop := min(len(view), (at // _CHUNK_BYTES + 1) * _CHUNK_BYTES)):
+                count = os.preadv(self._raw.fileno(), [view[at:stop]], start + at)
+                if count == 0:
+                    raise self._error(f"{self.path}: tensor {name!r} is cut short")
+                at += count
+
+        try:
+            list(threads.map(read, range(0, len(view), _CHUNK_BYTES)))
+        except OSError as cause:
+            raise self._error(f"{self.path}: tensor {name!r} cannot be read: {cause}") from cause
 
 
 def _deserialize(data: bytes) -> dict[str, Any]:

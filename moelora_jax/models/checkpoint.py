@@ -28,7 +28,9 @@ import itertools
 import json
 import math
 import string
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections import deque
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -68,8 +70,8 @@ _PICKLE_SUFFIXES = (".bin", ".pt", ".pth")
 
 # Dtypes of quantised tensors.
 _BYTES = {"U8": np.dtype(np.uint8)}
-# Host memory that a stacked parameter passes through, unless one of its leading rows is larger.
-_STAGING_BYTES = 256 * 2**20
+# Host memory that tensors pass through, unless two of the largest take more.
+_MEMORY_BYTES = 256 * 2**20
 # Names that an error spells out before it only counts.
 _NAMES_IN_ERRORS = 5
 
@@ -237,12 +239,13 @@ def load_parameters(
         )
         with bar:
             title = f"Loading {folder.resolve().name}"
-            task = bar.add_task(title, total=_bytes_to_read(parameters, files))
+            task = bar.add_task(title, total=sum(_sizes(parameters.values(), files).values()))
             advance = functools.partial(bar.advance, task)
-            return {
-                name: _load_parameter(parameter, parameter.dtype_in(target), files, advance)
-                for name, parameter in parameters.items()
-            }
+            with _Loader(files, parameters.values(), advance) as loader:
+                return {
+                    name: loader.load(parameter, parameter.dtype_in(target))
+                    for name, parameter in parameters.items()
+                }
 
 
 def save_checkpoint(
@@ -574,81 +577,140 @@ def _tensors_of_piece(
     }
 
 
-def _bytes_to_read(
-    parameters: Mapping[str, Parameter], files: Mapping[str, SafetensorsFile]
-) -> int:
-    return sum(
-        math.prod(expected.shape) * expected.dtypes[files[tensor].headers[tensor].dtype].itemsize
-        for parameter in parameters.values()
+def _sizes(parameters: Iterable[Parameter], files: Mapping[str, SafetensorsFile]) -> dict[str, int]:
+    """Bytes of every tensor that is read."""
+    return {
+        tensor: math.prod(expected.shape)
+        * expected.dtypes[files[tensor].headers[tensor].dtype].itemsize
+        for parameter in parameters
         for name in parameter.pieces
         for tensor, expected in _tensors_of_piece(name, parameter, files).items()
-    )
+    }
 
 
-def _load_parameter(
-    parameter: Parameter,
-    dtype: np.dtype,
-    files: Mapping[str, SafetensorsFile],
-    advance: Callable[[int], None],
-) -> jax.Array:
-    """Read the pieces of a parameter, in as many stages as host memory asks for."""
-    length = parameter.shape[0]
-    row_bytes = math.prod(parameter.shape[1:]) * dtype.itemsize
-    # A single tensor is not split, as it is read whole anyway.
-    is_single = parameter.piece_shape == parameter.shape
-    rows = length if is_single else min(length, max(1, _STAGING_BYTES // row_bytes))
-    staging = np.empty((rows, *parameter.shape[1:]), dtype)
-    # In the order of the files; a quantised piece has the place of its first tensor.
-    names = dict.fromkeys(
-        name for tensor in files for name in (tensor, tensor.removesuffix("_blocks"))
-    )
-    pieces = {name: parameter.pieces[name] for name in names if name in parameter.pieces}
-    if rows == length:
-        _read_pieces(staging, parameter, pieces, files, advance)
-        return jax.device_put(staging)
+class _Loader:
+    """Takes tensors from files to their places on the device, through host memory used in turns.
 
-    array = jnp.zeros(parameter.shape, dtype)
-    for start in range(0, length, rows):
-        stage = staging[: length - start]  # The last stage may be shorter.
-        pieces_of_stage = {
-            name: (row - start, *rest)
-            for name, (row, *rest) in pieces.items()
-            if start <= row < start + rows
-        }
-        _read_pieces(stage, parameter, pieces_of_stage, files, advance)
-        array = _write_rows(array, stage, np.int32(start))
-        array.block_until_ready()  # The next stage overwrites this one.
-    return array
+    Memory that is new to the process costs more time than reading does, so it is used again as
+    soon as the device has taken what is in it.
 
+    Args:
+        files: the file of each tensor, in the order of the files.
+        parameters: what will be loaded.
+        advance: is told of bytes that have arrived.
+    """
 
-def _read_pieces(
-    stage: np.ndarray,
-    parameter: Parameter,
-    pieces: Mapping[str, tuple[int, ...]],
-    files: Mapping[str, SafetensorsFile],
-    advance: Callable[[int], None],
-) -> None:
-    """Read pieces into their places in host memory, cast to its dtype."""
-    for name, index in pieces.items():
-        tensors = {
-            tensor: files[tensor].read(tensor, expected.dtypes)
-            for tensor, expected in _tensors_of_piece(name, parameter, files).items()
-        }
-        # What does not fit into the dtype becomes infinite.
-        with np.errstate(over="ignore", invalid="ignore"):
-            if len(tensors) == 1:
-                stage[index] = _piece(tensors[name], parameter.piece_shape, parameter.axes)
-            else:
-                blocks, scales = tensors.values()
-                tensor = mxfp4.dequantize(blocks, scales, stage.dtype)
-                stage[index] = _piece(tensor, parameter.piece_shape, parameter.mxfp4_axes)
-        if not np.isfinite(stage[index]).all():
-            tensor_name = next(iter(tensors))
+    def __init__(
+        self,
+        files: Mapping[str, SafetensorsFile],
+        parameters: Collection[Parameter],
+        advance: Callable[[int], None],
+    ) -> None:
+        self._files, self._advance = files, advance
+        # A quantised piece has the place of its first tensor.
+        self._names = dict.fromkeys(
+            name for tensor in files for name in (tensor, tensor.removesuffix("_blocks"))
+        )
+        self._sizes = _sizes(parameters, files)
+        sizes = [
+            sum(_aligned(self._sizes[tensor]) for tensor in _tensors_of_piece(name, p, files))
+            for p in parameters
+            for name in p.pieces
+        ]
+        # Two of the largest, so that one is read while the device takes the other.
+        self._memory = np.empty(min(sum(sizes), max(_MEMORY_BYTES, 2 * max(sizes))), np.uint8)
+        self._end = 0
+        self._in_flight: deque[_Placed] = deque()
+        self._threads = ThreadPoolExecutor()
+
+    def __enter__(self) -> "_Loader":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._threads.shutdown()
+
+    def load(self, parameter: Parameter, dtype: np.dtype) -> jax.Array:
+        """A parameter in ``dtype``; the device casts, turns and places what the files hold."""
+        array = jnp.zeros(parameter.shape, dtype)
+        for name in self._names:
+            if name not in parameter.pieces:
+                continue
+            expected = _tensors_of_piece(name, parameter, self._files)
+            start = self._reserve(sum(_aligned(self._sizes[tensor]) for tensor in expected))
+            tensors = [self._read(tensor, header) for tensor, header in expected.items()]
+            values, axes = tensors[0], parameter.axes
+            if len(tensors) == 2:
+                blocks, scales = tensors
+                values, axes = mxfp4.dequantize(blocks, scales, dtype), parameter.mxfp4_axes
+            elif values.dtype == np.float64:
+                # JAX has none; what does not fit into the dtype becomes infinite.
+                with np.errstate(over="ignore"):
+                    values = values.astype(dtype)
+            index = np.array(parameter.pieces[name], np.int32)
+            array, is_finite = _place(array, values, index, parameter.piece_shape, axes)
+            read_bytes = sum(self._sizes[tensor] for tensor in expected)
+            first = next(iter(expected))
+            self._in_flight.append(_Placed(first, start, self._end, read_bytes, dtype, is_finite))
+        while self._in_flight:
+            self._wait()
+        return array
+
+    def _reserve(self, size: int) -> int:
+        """Where in the memory the next ``size`` bytes go, once they are free there."""
+        start = self._end if self._end + size <= len(self._memory) else 0
+        while any(p.start < start + size and start < p.stop for p in self._in_flight):
+            self._wait()
+        self._end = start
+        return start
+
+    def _read(self, tensor: str, expected: _Expected) -> np.ndarray:
+        """A tensor, in the memory that comes next."""
+        start, size = self._end, self._sizes[tensor]
+        self._end += _aligned(size)
+        memory, file = self._memory[start : start + size], self._files[tensor]
+        file.read_bytes_into(memory, tensor, self._threads)
+        return memory.view(expected.dtypes[file.headers[tensor].dtype]).reshape(expected.shape)
+
+    def _wait(self) -> None:
+        """Until the device has the oldest tensor."""
+        placed = self._in_flight.popleft()
+        if not placed.is_finite:
             raise CheckpointError(
-                f"{files[tensor_name].path}: tensor {tensor_name!r} has values that are NaN or "
-                f"infinite in {stage.dtype}"
+                f"{self._files[placed.tensor].path}: tensor {placed.tensor!r} has values that are "
+                f"NaN or infinite in {placed.dtype}"
             )
-        advance(sum(tensor.nbytes for tensor in tensors.values()))
+        self._advance(placed.read_bytes)
+
+
+def _aligned(size: int) -> int:
+    """So that any dtype can begin behind it."""
+    return -(-size // 64) * 64
+
+
+class _Placed(NamedTuple):
+    """A piece on its way to the device, and the host memory that it still needs."""
+
+    tensor: str
+    start: int
+    stop: int
+    read_bytes: int
+    dtype: np.dtype
+    is_finite: jax.Array
+
+
+@functools.partial(jax.jit, donate_argnums=0, static_argnums=(3, 4))
+def _place(
+    array: jax.Array,
+    tensor: jax.Array,
+    index: jax.Array,
+    piece_shape: tuple[int, ...],
+    axes: Axes | None,
+) -> tuple[jax.Array, jax.Array]:
+    """Overwrite a piece of ``array``, in place: it is donated; and whether all of it is finite."""
+    piece = _piece(tensor, piece_shape, axes).astype(array.dtype)
+    start = [index[axis] for axis in range(index.shape[0])] + [0] * piece.ndim
+    rows = piece.reshape((1,) * index.shape[0] + piece.shape)
+    return jax.lax.dynamic_update_slice(array, rows, start), jnp.isfinite(piece).all()
 
 
 def _order(axes: Axes) -> tuple[int, ...]:
@@ -661,7 +723,7 @@ def _merged_shape(piece_shape: tuple[int, ...], axes: Axes | None) -> tuple[int,
     return tuple(math.prod(piece_shape[axis] for axis in group) for group in axes)
 
 
-def _piece(tensor: np.ndarray, piece_shape: tuple[int, ...], axes: Axes | None) -> np.ndarray:
+def _piece(tensor: jax.Array, piece_shape: tuple[int, ...], axes: Axes | None) -> jax.Array:
     """The piece that a tensor holds."""
     if axes is None:
         return tensor
@@ -680,12 +742,6 @@ def _split_into_shards(sizes: Mapping[str, int], max_bytes: int) -> list[list[st
         shards[-1].append(name)
         shard_bytes += size
     return shards
-
-
-@functools.partial(jax.jit, donate_argnums=0)
-def _write_rows(array: jax.Array, rows: jax.Array, start: jax.Array) -> jax.Array:
-    """Overwrite leading rows of ``array``, in place: it is donated."""
-    return jax.lax.dynamic_update_slice_in_dim(array, rows, start, axis=0)
 
 
 def _read_json_object(path: Path) -> dict[str, Any]:

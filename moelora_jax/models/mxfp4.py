@@ -4,6 +4,8 @@ A tensor is stored as two arrays of bytes. A byte of the *blocks* holds two numb
 in its lower half; a byte of the *scales* holds an exponent, with 127 added.
 """
 
+from concurrent.futures import ThreadPoolExecutor
+
 import numpy as np
 
 #: Numbers that share a scale.
@@ -12,6 +14,8 @@ BLOCK = 32
 _VALUES = np.array([0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0], np.float32)
 #: What the 16 codes mean; the highest of the four bits is the sign.
 VALUES = np.concatenate([_VALUES, -_VALUES])
+#: What the 256 bytes mean, ``[256, 2]``.
+_PAIRS = np.stack([np.tile(VALUES, 16), np.repeat(VALUES, 16)], axis=1)
 
 
 def packed_shapes(shape: tuple[int, ...]) -> tuple[tuple[int, ...], tuple[int, ...]]:
@@ -29,9 +33,16 @@ def dequantize(blocks: np.ndarray, scales: np.ndarray, dtype: np.dtype) -> np.nd
         dtype: of the result.
     """
     result = np.empty((*blocks.shape[:-1], BLOCK), dtype)
-    # One leading row after the other, as float32 takes more memory than the result.
-    for row, codes, exponents in zip(result, blocks, scales, strict=True):
-        values = np.stack([VALUES[codes & 15], VALUES[codes >> 4]], axis=-1)
-        values = values.reshape(row.shape)
-        row[...] = np.ldexp(values, exponents.astype(np.int32)[..., None] - 127)
+
+    def fill(row: int) -> None:
+        values = _PAIRS[blocks[row]].reshape(result.shape[1:])
+        exponents = scales[row].astype(np.int32)[..., None] - 127
+        # The largest do not fit into every dtype; the caller looks for what became infinite.
+        with np.errstate(over="ignore"):
+            result[row] = np.ldexp(values, exponents)
+
+    # One leading row after the other, as float32 takes more memory than the result; NumPy lets
+    # other threads run meanwhile.
+    with ThreadPoolExecutor() as threads:
+        list(threads.map(fill, range(len(result))))
     return result.reshape(*scales.shape[:-1], -1)
