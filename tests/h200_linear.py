@@ -24,6 +24,9 @@ from moelora_kernels import SIGNALS, LinearMap, SitePages, TokenSort, linear_lor
 
 #: Tokens, width, outputs of the maps, adapters, pages of each, dtype.
 CASES = (
+    (1, 2048, (4096, 512, 512), 16, 1, "bfloat16"),
+    (8, 4096, (2048,), 16, 1, "bfloat16"),
+    (32, 2048, (4096, 512, 512), 16, 4, "bfloat16"),
     (8, 2048, (4096, 512, 512), 16, 1, "bfloat16"),
     (128, 2048, (4096, 512, 512), 16, 1, "bfloat16"),
     (128, 4096, (2048,), 64, 4, "bfloat16"),

@@ -102,8 +102,14 @@ TILES = (
 #: Rows enough that a tile of one adapter is treated apart.
 PROMPT_TILES = MoeTiles(64, *[replace(PRODUCTS, shrink=RUNS)] * 2)
 
-#: One or several tiles of rows.
-LINEAR_TILES = (LinearTiles(16, 16, 16, 1, 1), LinearTiles(64, 16, 32, 1, 1))
+#: One or several tiles of rows, whose sums one program has or several share.
+LINEAR_TILES = (
+    LinearTiles(16, 16, 16, 1, 1),
+    LinearTiles(64, 16, 32, 1, 1),
+    LinearTiles(16, 16, 16, 1, 1, parts=2, stack=8),
+)
+#: Of one row.
+ROW_TILES = LinearTiles(1, 8, 16, 1, 1)
 #: Programs that have all columns, and that share them, some of which have few.
 LINEAR_LORA_TILES = (
     LinearLoraTiles(16, 16, 2, 1, 32, 16, 1),
@@ -346,7 +352,7 @@ def check_linear(
     linear_api.MAX_ROWS = 128 if isinstance(tiles, LinearTiles) else 0
     linear_api.linear_tiles = lambda *_: tiles
     triton_many_rows.linear_lora_tiles = lambda *_: tiles
-    case = LayerCase(LayerSpec(shape, dtype=dtype, num_tokens=shape.tokens - 1, seed=4))  # type: ignore[arg-type]
+    case = LayerCase(LayerSpec(shape, dtype=dtype, num_tokens=max(shape.tokens - 1, 1), seed=4))  # type: ignore[arg-type]
     rng = np.random.default_rng(0)
 
     def weights(*sizes: int) -> jax.Array:
@@ -479,6 +485,9 @@ def main() -> None:
             check_linear(shape, "float32", num_maps, linear_tiles)
         for linear_tiles in (LINEAR_TILES[0], LINEAR_LORA_TILES[0]):
             check_linear(shape, "float16", 2, linear_tiles)
+    # One page, and more pages than are added at once.
+    for pages, dtype in itertools.product((1, 6), ("float32", "float16")):
+        check_linear(Shape(1, 1, 1, 20, 48, 3, pages), dtype, 3, ROW_TILES)
 
 
 if __name__ == "__main__":

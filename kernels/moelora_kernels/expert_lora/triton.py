@@ -30,7 +30,7 @@ from jax.typing import DTypeLike
 from moelora_kernels.backend import Launch, launch, scalar
 from moelora_kernels.buffers import given_or_new
 from moelora_kernels.tiles import max_tiles
-from moelora_kernels.tuning.tiles import GemmTiles, LinearTiles, ShrinkTiles
+from moelora_kernels.tuning.tiles import GemmTiles, ShrinkTiles
 from moelora_kernels.types import PAGE_ROWS, SIGNALS, Buffer, SitePages, TokenSort
 
 #: Rows whose runs a few programs of the shrink share.
@@ -261,7 +261,7 @@ def product_constants(
 
 
 def expand_constants(
-    x: Buffer, tiles: GemmTiles | LinearTiles, sites: Sequence[SitePages] | None
+    x: Buffer, tiles: GemmTiles, sites: Sequence[SitePages] | None
 ) -> dict[str, int]:
     """Compile-time parameters of what a product adds, and of the shrink in its launch."""
     names = ("NUM_ADAPTERS", "MAX_PAGES", "PAGE_LANES", "PAGE_ROWS")
@@ -891,7 +891,7 @@ def load_pages(
     pool_row,
     columns,
     pool_ptr,
-    WIDTH: tl.constexpr,
+    width,
     SLOTS: tl.constexpr,
     PAGES: tl.constexpr,
     PAGE_ROWS: tl.constexpr,
@@ -902,8 +902,8 @@ def load_pages(
         first[:, :, None] + tl.arange(0, PAGE_ROWS)[None, None, :], [SLOTS * PAGES * PAGE_ROWS]
     )
     return tl.load(
-        pool_ptr + rank_row[:, None] * WIDTH + columns[None, :],
-        mask=(rank_row >= 0)[:, None] & (columns < WIDTH)[None, :],
+        pool_ptr + rank_row[:, None] * width + columns[None, :],
+        mask=(rank_row >= 0)[:, None] & (columns < width)[None, :],
         other=0.0,
     )
 

@@ -442,7 +442,7 @@ def find_rank_rows(
 
 
 @triton.jit
-def load_rank_rows(rank_row, column, pool_ptr, WIDTH: tl.constexpr):
+def load_rank_rows(rank_row, column, pool_ptr, width):
     """``[..., columns]`` of rank rows; zeros where there is none."""
-    address = tl.expand_dims(rank_row.to(tl.int64) * WIDTH, -1) + column
+    address = tl.expand_dims(rank_row.to(tl.int64) * width, -1) + column
     return tl.load(pool_ptr + address, mask=tl.expand_dims(rank_row >= 0, -1), other=0.0)

@@ -40,7 +40,7 @@ def linear_lora(
         sort: tokens sorted by adapter, as :func:`moelora_kernels.dense_lora` needs; None for the
             base model, which leaves the maps' pages alone.
         tile_rows: what the sort was made with.
-        signals: int32 counters, zero before and after; None makes new ones. Only with a sort.
+        signals: int32 counters, zero before and after; None makes new ones.
         dtype: of the results; that of ``x`` unless given. Sums are in float32.
         implementation: None chooses by the default device.
 
@@ -53,8 +53,8 @@ def linear_lora(
         from moelora_kernels.linear import triton, triton_many_rows
 
         if len(x) <= MAX_ROWS:
-            outputs = sum(m.weight.shape[1] for m in maps)
-            tiles = linear_tiles(len(x), outputs, len(maps), x.dtype)
+            outputs = [m.weight.shape[1] for m in maps]
+            tiles = linear_tiles(len(x), outputs, x.dtype)
             return triton.linear_lora(x, maps, layer, sort, signals, dtype, tiles)
         # One copy from the stacks, and one product whose results lie side by side.
         weight = jnp.concatenate([m.weight[layer] for m in maps])

@@ -6,6 +6,7 @@ row of the base model is summed in the same order in both programs.
 
 import functools
 import json
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from importlib import resources
 from typing import Any
@@ -85,11 +86,12 @@ class LinearTiles:
     """Launch parameters of linear maps with few rows.
 
     Attributes:
-        block_m: rows of a program.
+        block_m: rows of a program; 1 for the one row of a batch, on the ordinary units.
         block_n: output columns of a program.
         block_k: summed columns of one step.
         num_warps: warps per program.
         num_stages: steps whose loads are in flight.
+        parts: programs that share the sums of a tile, at most; not of one row.
         stack: pages of adapters that are multiplied at once.
     """
 
@@ -98,6 +100,7 @@ class LinearTiles:
     block_k: int
     num_warps: int
     num_stages: int
+    parts: int = 1
     stack: int = 4
 
 
@@ -253,27 +256,39 @@ def dense_tiles(tokens: int, width: int, dtype: DTypeLike) -> tuple[ShrinkTiles,
     return shrink, GemmTiles(block_n=128, block_k=64, num_warps=4, num_stages=1)
 
 
-def linear_tiles(tokens: int, outputs: int, maps: int, dtype: DTypeLike) -> LinearTiles:
-    """Tiles of so many linear maps of few rows, which have ``outputs`` columns together."""
-    block_m = 16 if tokens <= 16 else 32 if tokens <= 32 else 64
+def linear_tiles(tokens: int, outputs: Sequence[int], dtype: DTypeLike) -> LinearTiles:
+    """Tiles of linear maps of few rows, which have so many outputs each.
+
+    Measured with the shapes of Qwen3-30B-A3B on an H200. What counts is how many bytes are on
+    their way from all processors, so narrow maps have the sums of a tile shared by programs.
+    """
+
+    def blocks(block_n: int) -> int:
+        return sum(-(-out // block_n) for out in outputs)
+
+    def parts(block_m: int, block_n: int, programs: int) -> int:
+        return max(1, programs // (blocks(block_n) * -(-tokens // block_m)))
+
     if jnp.dtype(dtype) == jnp.float32:
-        return LinearTiles(min(block_m, 32), 32, 32, num_warps=4, num_stages=2)
-    # Narrow blocks, so that all processors read weights; rows are in the L2 cache.
-    block_n, block_k = (16, 256) if block_m < 64 else (32, 128)
-    programs = -(-outputs // block_n) * -(-tokens // block_m)
-    memory = _shared_memory()
-
-    def stages(block_k: int) -> int:
-        # Each map has a loop of its own, and Triton may give two of them, at worst all, buffers
-        # that do not overlap.
-        stage = 2 * block_k * (block_m + block_n)
-        resident = memory // -(-programs // PROCESSORS) // (stage * min(maps, 2))
-        return min(6, max(2, resident), memory // (stage * maps))
-
-    while stages(block_k) < 3 and block_k > 32:
-        block_k //= 2
-    stack = 4 if block_m == 16 else 8
-    return LinearTiles(block_m, block_n, block_k, 4, max(1, stages(block_k)), stack)
+        block_m = 1 if tokens == 1 else 16 if tokens <= 16 else 32
+        return LinearTiles(block_m, 32, 32, num_warps=4, num_stages=2)
+    if tokens == 1:
+        if blocks(8) < PROCESSORS:
+            return LinearTiles(1, 1, 2048, num_warps=4, num_stages=1)
+        return LinearTiles(1, 8, 512, num_warps=4, num_stages=5)
+    if blocks(16) < 64:
+        # Little to read, so that one step each is soonest done.
+        block_m = 16 if tokens <= 16 else 32
+        return LinearTiles(block_m, 16, 256, num_warps=4, num_stages=2, parts=8, stack=8)
+    if tokens <= 16:
+        if blocks(16) >= 2 * PROCESSORS:
+            return LinearTiles(16, 16, 128, num_warps=1, num_stages=6, stack=8)
+        return LinearTiles(16, 32, 256, 4, 3, parts(16, 32, 320), stack=8)
+    if tokens <= 32:
+        return LinearTiles(32, 64, 64, 4, 4, parts(32, 64, 264), stack=16)
+    if tokens <= 64:
+        return LinearTiles(64, 64, 64, 4, 6, parts(64, 64, 170), stack=8)
+    return LinearTiles(64, 64, 64, 4, 5, parts(64, 64, 264), stack=8)
 
 
 def linear_lora_tiles(
