@@ -104,9 +104,9 @@ PROMPT_TILES = MoeTiles(64, *[replace(PRODUCTS, shrink=RUNS)] * 2)
 
 #: One or several tiles of rows, whose sums one program has or several share.
 LINEAR_TILES = (
-    LinearTiles(16, 16, 16, 1, 1),
-    LinearTiles(64, 16, 32, 1, 1),
-    LinearTiles(16, 16, 16, 1, 1, parts=2, stack=8),
+    LinearTiles(16, 16, 16, 1, 1, stack=4),
+    LinearTiles(64, 16, 32, 1, 1, stack=4),
+    LinearTiles(16, 16, 16, 1, 1, parts=2),
 )
 #: Of one row.
 ROW_TILES = LinearTiles(1, 8, 16, 1, 1)

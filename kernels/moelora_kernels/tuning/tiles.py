@@ -101,7 +101,7 @@ class LinearTiles:
     num_warps: int
     num_stages: int
     parts: int = 1
-    stack: int = 4
+    stack: int = 8
 
 
 @dataclass(frozen=True)
@@ -279,16 +279,16 @@ def linear_tiles(tokens: int, outputs: Sequence[int], dtype: DTypeLike) -> Linea
     if blocks(16) < 64:
         # Little to read, so that one step each is soonest done.
         block_m = 16 if tokens <= 16 else 32
-        return LinearTiles(block_m, 16, 256, num_warps=4, num_stages=2, parts=8, stack=8)
+        return LinearTiles(block_m, 16, 256, num_warps=4, num_stages=2, parts=8)
     if tokens <= 16:
         if blocks(16) >= 2 * PROCESSORS:
-            return LinearTiles(16, 16, 128, num_warps=1, num_stages=6, stack=8)
-        return LinearTiles(16, 32, 256, 4, 3, parts(16, 32, 320), stack=8)
+            return LinearTiles(16, 16, 128, num_warps=1, num_stages=6)
+        return LinearTiles(16, 32, 256, 4, 3, parts(16, 32, 320))
     if tokens <= 32:
-        return LinearTiles(32, 64, 64, 4, 4, parts(32, 64, 264), stack=16)
+        return LinearTiles(32, 64, 64, 4, 4, parts(32, 64, 264))
     if tokens <= 64:
-        return LinearTiles(64, 64, 64, 4, 6, parts(64, 64, 170), stack=8)
-    return LinearTiles(64, 64, 64, 4, 5, parts(64, 64, 264), stack=8)
+        return LinearTiles(64, 64, 64, 4, 6, parts(64, 64, 170))
+    return LinearTiles(64, 64, 64, 4, 5, parts(64, 64, 264))
 
 
 def linear_lora_tiles(
