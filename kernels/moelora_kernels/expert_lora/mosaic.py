@@ -10,10 +10,11 @@ experts are its first factor, 128 of their rows for each of the two warpgroups, 
 batch its second: few empty rows are multiplied, and weights are loaded once for up to 160 rows. The
 sums lie the other way around, which the stores to shared memory put right.
 
-LoRA is more steps of the same sums, before the others. In such a step the slot has four pages of B
-in place of the weights. In place of the rows it has their rank activations, which the loading
-warpgroup spreads so that a row meets the pages of its own adapter only. Pages of gate have zeros in
-the columns of up, and the other way around. A small Triton kernel lists the pages of each tile.
+LoRA is more steps of the same sums, before the others: those of gate, then those of up. In such a
+step the slot has four pages of B in place of the weights. In place of the rows it has their rank
+activations, which the loading warpgroup spreads so that a row meets the pages of its own adapter
+only. A small Triton kernel lists the pages of each tile. Pages of one number come together, for
+which the rank activations of all rows stay in registers.
 
 The accelerator cannot gather rows, so gate_up reads a copy of ``x`` in sorted order.
 """
@@ -58,11 +59,10 @@ SHARED_MEMORY = 224 * 1024
 #: Pages that are multiplied in one step.
 STEP_PAGES = BLOCK // PAGE_ROWS
 
-#: Numbers of one step in the list of steps: the column of the rank activations; for each site where
-#: there is nothing but zeros; and for each page the first of its rows in the tile, the end of its
-#: rows, and where it begins in the pool.
-STEP_FIELDS = 16
-ZEROS, STARTS, ENDS, PAGES = 1, 4, 8, 12
+#: Numbers of one step in the list of steps: for each page the first of its rows in the tile, the
+#: end of its rows, and where it begins in the pool.
+STEP_FIELDS = 3 * STEP_PAGES
+STARTS, ENDS, PAGES = 0, STEP_PAGES, 2 * STEP_PAGES
 
 
 def gate_up(
@@ -178,13 +178,14 @@ def lora_steps(
     """The LoRA steps of every tile, int32.
 
     Returns:
-        ``[tiles]``: how many there are; and the steps, ``[tiles, most, STEP_FIELDS]``.
+        ``[tiles, sites * pages]``: the end of the steps of each site's pages of each number; and
+        the steps, ``[tiles, > most, STEP_FIELDS]``.
     """
     _, _, adapters, pages, experts = sites[0].table.shape
-    step_adapters = STEP_PAGES // len(sites)
-    most = pages * triton.cdiv(min(adapters, tile_rows), step_adapters)
+    # One more, which may be read.
+    most = len(sites) * pages * triton.cdiv(min(adapters, tile_rows), STEP_PAGES) + 1
     second = sites[1] if len(sites) == 2 else None
-    count, steps = launch(
+    ends, steps = launch(
         list_steps,
         (
             sort.expert_tiles,
@@ -194,7 +195,7 @@ def lora_steps(
             None if second is None else second.table,
         ),
         [
-            jax.ShapeDtypeStruct((num_tiles,), jnp.int32),
+            jax.ShapeDtypeStruct((num_tiles, len(sites) * pages), jnp.int32),
             jax.ShapeDtypeStruct((num_tiles, most, STEP_FIELDS), jnp.int32),
         ],
         None,
@@ -205,16 +206,12 @@ def lora_steps(
         MOST=most,
         LANES=triton.next_power_of_2(tile_rows),
         PAGE_ROWS=PAGE_ROWS,
-        STEP_ADAPTERS=step_adapters,
-        FIELDS=STEP_FIELDS,
-        ZEROS=ZEROS,
-        STARTS=STARTS,
-        ENDS=ENDS,
-        PAGES=PAGES,
+        STEP_PAGES=STEP_PAGES,
+        SITES=len(sites),
         POOL_0=sites[0].b_pool.shape[0],
         POOL_1=0 if second is None else second.b_pool.shape[0],
     )
-    return count, steps
+    return ends, steps
 
 
 def grouped_product(
@@ -273,7 +270,9 @@ def grouped_product(
     # Rows that there are programs for.
     sizes = list(range(tile_rows, 0, -SIZE_STEP))
     lora_inputs: tuple[Buffer, ...] = ()
+    max_pages = 0
     if sites:
+        max_pages = sites[0].table.shape[3]
         assert rank_activations is not None
         steps = steps or lora_steps(sort, sites, layer, num_tiles=num_tiles, tile_rows=tile_rows)
         pools = (site.b_pool.reshape(-1, width) for site in sites)
@@ -361,60 +360,88 @@ def grouped_product(
             return before + num_depth_steps
 
         def load_pages(tile: Array, first: Array, end: Array, block: Array, before: Array) -> Array:
-            count_ref, steps_ref, ranks_ref, *pool_refs = lora_refs
+            ends_ref, steps_ref, ranks_ref, *pool_refs = lora_refs
             (lora_loaded,) = lora_scratch
+            # Rows that are spread at a time.
+            begins = [min(n, smem_rows - BLOCK) for n in range(0, smem_rows, BLOCK)]
 
-            def load_step(number: Array, _: None) -> None:
-                # All of these are read before the first wait.
-                step_ref = steps_ref.at[tile, number]
-                first_rank, zeros = step_ref[0], [step_ref[ZEROS + part] for part in range(parts)]
-                page_rows = [step_ref[PAGES + page] for page in range(STEP_PAGES)]
-                starts = [step_ref[STARTS + page] for page in range(STEP_PAGES)]
-                ends = [step_ref[ENDS + page] for page in range(STEP_PAGES)]
+            def load_part(part: int, number: Array) -> Array:
+                part_pool = pool_refs[part]
+                part_blocks = [(n, column) for n, (own, column) in enumerate(blocks) if own == part]
+
+                def load_number(page: Array, carry: tuple[Array, Array]) -> tuple[Array, Array]:
+                    number, stop = carry
+                    following = ends_ref[tile, part * max_pages + jnp.minimum(page + 1, last)]
+
+                    @pl.when(stop > number)
+                    def load_steps() -> None:
+                        ranks = [
+                            plgpu.load(
+                                ranks_ref.at[
+                                    part,
+                                    pl.ds(first + begin, BLOCK),
+                                    pl.ds(page * PAGE_ROWS, PAGE_ROWS),
+                                ],
+                                layout=plgpu.Layout.WGMMA,
+                                optimized=False,
+                            )
+                            for begin in begins
+                        ]
+                        step = functools.partial(load_step, part_pool, part_blocks, ranks)
+                        lax.fori_loop(number, stop, step, read_step(number))
+
+                    return stop, following
+
+                last = max_pages - 1
+                stop = ends_ref[tile, part * max_pages]
+                return lax.fori_loop(0, max_pages, load_number, (number, stop))[0]
+
+            def read_step(number: Array) -> tuple[Array, ...]:
+                return tuple(steps_ref[tile, number, field] for field in range(STEP_FIELDS))
+
+            def load_step(
+                pool_ref: Any,
+                part_blocks: Sequence[tuple[int, int]],
+                ranks: Sequence[Array],
+                number: Array,
+                fields: tuple[Array, ...],
+            ) -> tuple[Array, ...]:
+                # Arrives while the present step is waited for.
+                following = read_step(number + 1)
                 slot = wait_for_slot(before + number)
                 barrier = lora_loaded.at[slot]
                 for page in range(STEP_PAGES):
-                    for number_of, (part, column) in enumerate(blocks):
-                        # The other part's sums must not change.
-                        own = part == page * parts // STEP_PAGES
-                        row = page_rows[page] if own else zeros[part]
+                    row = pl.multiple_of(fields[PAGES + page], PAGE_ROWS)
+                    for number_of, column in part_blocks:
                         plgpu.copy_gmem_to_smem(
-                            pool_refs[part].at[
-                                pl.ds(pl.multiple_of(row, PAGE_ROWS), PAGE_ROWS),
-                                pl.ds(block * columns + column, BLOCK),
+                            pool_ref.at[
+                                pl.ds(row, PAGE_ROWS), pl.ds(block * columns + column, BLOCK)
                             ],
                             weight_smem.at[slot, number_of, pl.ds(page * PAGE_ROWS, PAGE_ROWS)],
                             barrier,
                         )
+                for begin, value in zip(begins, ranks, strict=True):
 
-                def spread_ranks(chunk: Array, _: None) -> None:
-                    """Rank activations in the columns of the row's own pages, and zeros."""
-                    begin = pl.multiple_of(jnp.minimum(chunk * BLOCK, smem_rows - BLOCK), 8)
-                    row = begin + plgpu.broadcasted_iota(
-                        jnp.int32, (BLOCK, PAGE_ROWS), 0, layout=plgpu.Layout.WGMMA
-                    )
-                    spread = []
-                    for part in range(parts):
-                        ranks = plgpu.load(
-                            ranks_ref.at[
-                                part, pl.ds(first + begin, BLOCK), pl.ds(first_rank, PAGE_ROWS)
-                            ],
-                            layout=plgpu.Layout.WGMMA,
-                            optimized=False,
+                    @pl.when(begin < end - first)
+                    def spread(begin: int = begin, value: Array = value) -> None:
+                        """Rank activations in the columns of the row's own page, and zeros."""
+                        row = begin + plgpu.broadcasted_iota(
+                            jnp.int32, (BLOCK, PAGE_ROWS), 0, layout=plgpu.Layout.WGMMA
                         )
-                        for page in range(STEP_PAGES // parts):
-                            page += part * STEP_PAGES // parts
-                            mine = (row >= starts[page]) & (row < ends[page])
-                            spread.append(jnp.where(mine, ranks, jnp.zeros_like(ranks)))
-                    rows_smem[slot, pl.ds(begin, BLOCK)] = jnp.concatenate(spread, axis=1)
+                        pages = []
+                        for page in range(STEP_PAGES):
+                            mine = (row >= fields[STARTS + page]) & (row < fields[ENDS + page])
+                            pages.append(jnp.where(mine, value, jnp.zeros_like(value)))
+                        rows_smem[slot, pl.ds(begin, BLOCK)] = jnp.concatenate(pages, axis=1)
 
-                lax.fori_loop(0, lax.div(end - first + BLOCK - 1, BLOCK), spread_ranks, None)
                 plgpu.commit_smem()
                 plgpu.barrier_arrive(barrier)
+                return following
 
-            count = count_ref[tile]
-            lax.fori_loop(0, count, load_step, None)
-            return before + count
+            number = jnp.int32(0)
+            for part in range(parts):
+                number = load_part(part, number)
+            return before + number
 
         def multiply(
             tile: Array, expert: Array, first: Array, end: Array, block: Array, before: Array
@@ -437,7 +464,12 @@ def grouped_product(
             block: Array,
             before: Array,
         ) -> Array:
-            begin = before + lora_refs[0][tile] if lora_inputs else before
+            # Where the LoRA steps of each part end.
+            ends = [
+                before + lora_refs[0][tile, (part + 1) * max_pages - 1]
+                for part in range(parts if lora_inputs else 0)
+            ]
+            begin = ends[-1] if ends else before
             after = begin + num_depth_steps
             mine = [GROUP_BLOCKS * warpgroup + number for number in range(GROUP_BLOCKS)]
 
@@ -490,19 +522,19 @@ def grouped_product(
                 plgpu.commit_smem_to_gmem_group()
 
             def sums(*totals: Any) -> list[Array]:
-                def step(barriers: Any, transposed: bool) -> Any:
+                def step(barriers: Any, numbers: Sequence[int], transposed: bool = False) -> Any:
                     def run(number: Array, _: None) -> None:
                         slot = slot_of(number)
                         plgpu.barrier_wait(barriers.at[slot])
-                        for total, own in zip(totals, mine, strict=True):
-                            matrix = weight_smem.at[slot, own]
+                        for own in numbers:
+                            matrix = weight_smem.at[slot, mine[own]]
                             plgpu.wgmma(
-                                total,
+                                totals[own],
                                 matrix.T if transposed else matrix,
                                 rows_smem.at[slot, pl.ds(0, size)].T,
                             )
                         # All but the newest products are done.
-                        plgpu.wgmma_wait(GROUP_BLOCKS)
+                        plgpu.wgmma_wait(len(numbers))
 
                         @pl.when(number > before)
                         def release() -> None:
@@ -510,9 +542,12 @@ def grouped_product(
 
                     return run
 
-                if lora_inputs:
-                    lax.fori_loop(before, begin, step(lora_scratch[0], True), None)
-                lax.fori_loop(begin, after, step(loaded, False), None)
+                start = before
+                for part, stop in enumerate(ends):
+                    numbers = [n for n in range(GROUP_BLOCKS) if blocks[n][0] == part]
+                    lax.fori_loop(start, stop, step(lora_scratch[0], numbers, True), None)
+                    start = stop
+                lax.fori_loop(begin, after, step(loaded, range(GROUP_BLOCKS)), None)
                 return [total[...] for total in totals]
 
             totals = pl.run_scoped(sums, *[plgpu.ACC((BLOCK, size))] * GROUP_BLOCKS)
@@ -527,7 +562,7 @@ def grouped_product(
 
         @pl.when(warpgroup == GROUPS)
         def _load_all() -> None:
-            plgpu.set_max_registers(56 if lora_inputs else 40, action="decrease")
+            plgpu.set_max_registers(72 if lora_inputs else 40, action="decrease")
             total = for_each_item(load)
 
             def drain(step: Array, _: None) -> None:
@@ -537,7 +572,7 @@ def grouped_product(
 
         @pl.when(warpgroup < GROUPS)
         def _multiply_all() -> None:
-            plgpu.set_max_registers(224 if lora_inputs else 232, action="increase")
+            plgpu.set_max_registers(216 if lora_inputs else 232, action="increase")
             for_each_item(multiply)
             plgpu.wait_smem_to_gmem(0)
 
@@ -568,7 +603,8 @@ def grouped_product(
     ]
     if lora_inputs:
         # Each block of each page, and the rank activations.
-        scratch.append(plgpu.Barrier(num_arrivals=STEP_PAGES * BLOCKS + 1, num_barriers=stages))
+        arrivals = STEP_PAGES * BLOCKS // parts + 1
+        scratch.append(plgpu.Barrier(num_arrivals=arrivals, num_barriers=stages))
     kernel = plgpu.kernel(
         body,
         out_type=() if out is not None else jax.ShapeDtypeStruct((pairs, width), rows.dtype),
@@ -627,7 +663,7 @@ def list_steps(
     layer_ptr,
     table_0_ptr,
     table_1_ptr,
-    count_ptr,
+    ends_ptr,
     steps_ptr,
     NUM_EXPERTS: tl.constexpr,
     NUM_ADAPTERS: tl.constexpr,
@@ -635,75 +671,74 @@ def list_steps(
     MOST: tl.constexpr,
     LANES: tl.constexpr,
     PAGE_ROWS: tl.constexpr,
-    STEP_ADAPTERS: tl.constexpr,
-    FIELDS: tl.constexpr,
-    ZEROS: tl.constexpr,
-    STARTS: tl.constexpr,
-    ENDS: tl.constexpr,
-    PAGES: tl.constexpr,
+    STEP_PAGES: tl.constexpr,
+    SITES: tl.constexpr,
     POOL_0: tl.constexpr,
     POOL_1: tl.constexpr,
 ):
     """The LoRA steps of one tile per program.
 
-    A step has the pages of one number that adapters next to each other in the tile have, those of
-    the first site before those of the second.
+    A step has the pages of one site and of one number that adapters next to each other in the tile
+    have.
     """
     tile = tl.program_id(0)
     expert = tl.load(tiles_ptr + tile * 3)
     if expert >= 0:
         first, end = tl.load(tiles_ptr + tile * 3 + 1), tl.load(tiles_ptr + tile * 3 + 2)
-        layer = tl.load(layer_ptr)
         lane = tl.arange(0, LANES)
         rows = first + lane
         adapter, slot, num_slots = tile_adapters(
             first, rows, rows < end, expert, group_ptr, NUM_ADAPTERS
         )
-        table = (layer * 2 + 1) * NUM_ADAPTERS * MAX_PAGES * NUM_EXPERTS + expert
-        number = tl.arange(0, STEP_ADAPTERS)
-        count = 0
-        for first_slot in range(0, num_slots, STEP_ADAPTERS):
-            step_adapter, mine = find_adapters(first_slot, adapter, slot, STEP_ADAPTERS)
-            start = tl.min(tl.where(mine, lane[:, None], LANES), 0)
-            stop = tl.max(tl.where(mine, lane[:, None] + 1, 0), 0)
-            for page in range(MAX_PAGES):
-                entry = table + (step_adapter * MAX_PAGES + page) * NUM_EXPERTS
-                page_0 = tl.load(table_0_ptr + entry, mask=step_adapter >= 0, other=-1)
-                last = tl.max(page_0, 0)
-                if table_1_ptr is not None:
-                    page_1 = tl.load(table_1_ptr + entry, mask=step_adapter >= 0, other=-1)
-                    last = tl.maximum(last, tl.max(page_1, 0))
-                if last >= 0:
-                    step_ptr = steps_ptr + (tile * MOST + count) * FIELDS
-                    tl.store(step_ptr, page * PAGE_ROWS)
-                    tl.store(step_ptr + ZEROS, POOL_0 * PAGE_ROWS)
-                    step_ptrs = step_ptr + number
-                    store_pages(
-                        step_ptrs, start, stop, page_0, POOL_0, STARTS, ENDS, PAGES, PAGE_ROWS
-                    )
-                    if table_1_ptr is not None:
-                        tl.store(step_ptr + ZEROS + 1, POOL_1 * PAGE_ROWS)
-                        step_ptrs += STEP_ADAPTERS
-                        store_pages(
-                            step_ptrs, start, stop, page_1, POOL_1, STARTS, ENDS, PAGES, PAGE_ROWS
-                        )
-                    count += 1
-        tl.store(count_ptr + tile, count)
+        table = (tl.load(layer_ptr) * 2 + 1) * NUM_ADAPTERS * MAX_PAGES * NUM_EXPERTS + expert
+        ends_ptr += tile * SITES * MAX_PAGES
+        steps_ptr += tile * MOST * (3 * STEP_PAGES)
+        count = list_site_steps(
+            tl.full([], 0, tl.int32), lane, adapter, slot, num_slots, table_0_ptr + table, ends_ptr,
+            steps_ptr, NUM_EXPERTS, MAX_PAGES, LANES, PAGE_ROWS, STEP_PAGES, POOL_0,
+        )  # fmt: skip
+        if table_1_ptr is not None:
+            list_site_steps(
+                count, lane, adapter, slot, num_slots, table_1_ptr + table, ends_ptr + MAX_PAGES,
+                steps_ptr, NUM_EXPERTS, MAX_PAGES, LANES, PAGE_ROWS, STEP_PAGES, POOL_1,
+            )  # fmt: skip
 
 
 @triton.jit
-def store_pages(
-    step_ptrs,
-    start,
-    stop,
-    page,
-    POOL: tl.constexpr,
-    STARTS: tl.constexpr,
-    ENDS: tl.constexpr,
-    PAGES: tl.constexpr,
+def list_site_steps(
+    count,
+    lane,
+    adapter,
+    slot,
+    num_slots,
+    table_ptr,
+    ends_ptr,
+    steps_ptr,
+    NUM_EXPERTS: tl.constexpr,
+    MAX_PAGES: tl.constexpr,
+    LANES: tl.constexpr,
     PAGE_ROWS: tl.constexpr,
+    STEP_PAGES: tl.constexpr,
+    POOL: tl.constexpr,
 ):
-    """Where there is no page, one past the pool, which loads find zeros in."""
-    tl.store(step_ptrs + STARTS, start)
-    tl.store(step_ptrs + ENDS, tl.where(page >= 0, stop, start))
-    tl.store(step_ptrs + PAGES, tl.where(page >= 0, page, POOL) * PAGE_ROWS)
+    """Add the steps of one site to ``count`` others, and return how many there are then.
+
+    Where an adapter has no page, one past the pool is named, which loads find zeros in.
+    """
+    number = tl.arange(0, STEP_PAGES)
+    for page in range(MAX_PAGES):
+        for first_slot in range(0, num_slots, STEP_PAGES):
+            step_adapter, mine = find_adapters(first_slot, adapter, slot, STEP_PAGES)
+            entry_ptrs = table_ptr + (step_adapter * MAX_PAGES + page) * NUM_EXPERTS
+            pool_row = tl.load(entry_ptrs, mask=step_adapter >= 0, other=-1)
+            if tl.max(pool_row, 0) >= 0:
+                start = tl.min(tl.where(mine, lane[:, None], LANES), 0)
+                stop = tl.max(tl.where(mine, lane[:, None] + 1, 0), 0)
+                step_ptrs = steps_ptr + count * (3 * STEP_PAGES) + number
+                tl.store(step_ptrs, start)
+                tl.store(step_ptrs + STEP_PAGES, tl.where(pool_row >= 0, stop, start))
+                pool_row = tl.where(pool_row >= 0, pool_row, POOL)
+                tl.store(step_ptrs + 2 * STEP_PAGES, pool_row * PAGE_ROWS)
+                count += 1
+        tl.store(ends_ptr + page, count)
+    return count
