@@ -294,6 +294,13 @@ def linear_tiles(
                 part, x_ptr, weight_ptr, token, inside, column,
                 WIDTH, PARTS, BLOCK_M, BLOCK_N, BLOCK_K, PRECISION,
             )  # fmt: skip
+        # Added first of all: of a sum of one step the compiler makes one that starts from the bias,
+        # and it must do so with LoRA, too, or rows of the base model would be rounded otherwise.
+        bias_ptr = of_map(number, bias_0_ptr, bias_1_ptr, bias_2_ptr)
+        if bias_ptr is not None:
+            has_bias = is_given(number, bias_0_ptr, bias_1_ptr, bias_2_ptr) & (part == 0)
+            bias = tl.load(bias_ptr + layer * out + column, mask=has_bias, other=0.0)
+            total += bias.to(tl.float32)[:, None]
         if SHRINKS > 0:
             if has_pages:
                 if BLOCK_M == 1:
@@ -324,11 +331,6 @@ def linear_tiles(
                 total = tl.load(sums_ptrs)
                 for other in tl.static_range(1, ALL_PARTS):
                     total += tl.load(sums_ptrs + other * SUMS)
-            bias_ptr = of_map(number, bias_0_ptr, bias_1_ptr, bias_2_ptr)
-            if bias_ptr is not None:
-                has_bias = is_given(number, bias_0_ptr, bias_1_ptr, bias_2_ptr)
-                bias = tl.load(bias_ptr + layer * out + column, mask=has_bias, other=0.0)
-                total += bias.to(tl.float32)[:, None]
             tl.store(
                 y_ptr + start + token[:, None] * (OUT_0 + OUT_1 + OUT_2) + columns[None, :],
                 tl.trans(total.to(y_ptr.dtype.element_ty)),
