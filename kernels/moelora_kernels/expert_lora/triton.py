@@ -1271,8 +1271,8 @@ def gate_up_tile(
                                 only_up_row, columns, gate_b_ptr, up_b_ptr,
                                 INTERMEDIATE, BLOCK_M, 1, PAGES, PAGE_ROWS, PRECISION,
                             )  # fmt: skip
-                    for first_slot in tl.range(0, several, SLOTS, num_stages=1):
-                        if (first_slot > 0) | (first_page > 0):
+                    for first_slot in tl.range(0, several, SLOTS, num_stages=EXPAND_STAGES):
+                        if (EXPAND_STAGES > 1) | (first_slot > 0) | (first_page > 0):
                             slot_adapter, mine = find_adapters(first_slot, adapter, slot, SLOTS)
                             gate_row = find_pages(
                                 slot_adapter, first_page, gate_table_ptr,
@@ -1473,7 +1473,7 @@ def down_tile(
                     total, rows, adapter, slot, several, mine, pool_row, columns,
                     z_ptr, table_ptr, b_ptr,
                     HIDDEN, NUM_EXPERTS, MAX_PAGES, PAGE_ROWS, Z_COLUMNS, BLOCK_M, SLOTS, PAGES,
-                    PRECISION,
+                    PRECISION, EXPAND_STAGES,
                 )  # fmt: skip
         tl.store(
             out_ptr + rows.to(tl.int64)[:, None] * HIDDEN + columns[None, :],
