@@ -7,6 +7,11 @@ from pathlib import Path
 # Several pytest workers share one GPU, so none may take all of its memory.
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
 
+# Most of the time goes into compiling programs that run for milliseconds. Those of a GPU must be
+# the ones of production.
+if not Path("/dev/nvidia0").exists():
+    os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
+
 import hypothesis
 import jax
 import pytest
@@ -17,7 +22,7 @@ ROOT = Path(__file__).resolve().parent.parent
 # Mixing dtypes without saying so is an error.
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 
-# Compiling is most of the time that the tests take: workers and later runs share what was compiled.
+# Workers and later runs share what was compiled.
 jax.config.update("jax_compilation_cache_dir", str(ROOT / ".cache" / "test-programs"))
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
 
