@@ -486,7 +486,7 @@ def main() -> None:
         for linear_tiles in (LINEAR_TILES[0], LINEAR_LORA_TILES[0]):
             check_linear(shape, "float16", 2, linear_tiles)
     # One page, and more pages than are added at once.
-    for pages, dtype in itertools.product((1, 6), ("float32", "float16")):
+    for pages, dtype in ((6, "float32"), (1, "float16")):
         check_linear(Shape(1, 1, 1, 20, 48, 3, pages), dtype, 3, ROW_TILES)
 
 
