@@ -449,6 +449,8 @@ def main() -> None:
     parser.add_argument("--lock", help="file that processes which share the device measure under")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
+    if "serve" in options.parts.split(",") and options.position <= STEPS:
+        parser.error(f"--position must be above {STEPS}, the steps that are timed while serving")
     report = Report(options.json, options.seconds)
     report["setup"], report["date"] = backend.describe(), time.strftime("%Y-%m-%d")
     report["options"] = {name: str(value) for name, value in vars(options).items()}

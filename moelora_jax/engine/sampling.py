@@ -25,9 +25,10 @@ class Sampling:
 
     Attributes:
         temperature: logits are divided by it; 0 takes the most probable token.
-        top_k: sample among this many most probable tokens; 0 means all.
-        top_p: sample among the most probable tokens that together have this probability, at least
-            one; applied after ``top_k``.
+        top_k: sample among this many most probable tokens, and those as probable as the last of
+            them; 0 means all.
+        top_p: sample among the fewest most probable tokens that together have this probability, and
+            those as probable as the last of them; applied after ``top_k``.
         seed: the same seed, prompt and adapter give the same tokens, whatever else is in the batch.
     """
 
