@@ -464,6 +464,10 @@ def main() -> None:
         for tiles in TILES if shape.tokens > 1 else TILES[:1]:
             check_layer(shape, "float32", None, tiles, bias=shape.tokens == 1)
         check_layer(shape, "float16", shape.tokens // 2, TILES[0])
+    # One token whose pages are shrunk in parts.
+    triton_one_token.SHRINK_COLUMNS, triton_one_token.PART_COLUMNS = 4, 8
+    for shape, dtype in itertools.product(SHAPES[:2], ("float32", "float16")):
+        check_layer(shape, dtype, None, TILES[0])
     for shape in DENSE_SHAPES:
         check_dense(shape, "float32")
         check_dense(shape, "float16")

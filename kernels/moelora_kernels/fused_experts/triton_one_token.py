@@ -5,13 +5,18 @@ float32, so nothing has to be combined. The time is that of the weights' bytes i
 on their way at any moment, so every loop copies many steps ahead into shared memory. (Triton does
 that for a loop without tensor core products only where the loop itself names its stages.)
 
-The first programs of each launch shrink, one page each. The others wait for them only when their
-sums are complete; see :mod:`moelora_kernels.expert_lora.triton` for why that is safe. The launch of
-down clears the counters of both.
+The first programs of each launch shrink, one page each or a part of its columns: one program alone
+would get no more of the memory than each of the others, and be done no sooner. The others load
+pages of B while they multiply, and wait for the rank activations only when their sums are complete;
+see :mod:`moelora_kernels.expert_lora.triton` for why that is safe. The launch of down clears the
+counters of both.
+
+Rank activations of each part are float32, whatever the dtype of their buffer, and summed in order.
 
 All rows are pairs in the order of the router's choices.
 """
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -21,7 +26,7 @@ import triton.language as tl
 from jax import Array
 
 from moelora_kernels.backend import Launch, launch, scalar
-from moelora_kernels.buffers import given_or_new
+from moelora_kernels.buffers import given_or_new, new_buffer
 from moelora_kernels.expert_lora.triton import activate, clear, leave, signal, wait_for
 from moelora_kernels.tuning.tiles import GemmTiles
 from moelora_kernels.types import PAGE_ROWS, SIGNALS, Buffer, ExpertPages, SitePages
@@ -29,8 +34,10 @@ from moelora_kernels.types import PAGE_ROWS, SIGNALS, Buffer, ExpertPages, SiteP
 #: Stages are for 16 bits a number.
 GATE_UP_TILES = GemmTiles(block_n=8, block_k=256, num_warps=4, num_stages=8)
 DOWN_TILES = GemmTiles(block_n=8, block_k=256, num_warps=4, num_stages=10)
-#: Columns of a page that a warp of a shrink loads in a step, and steps whose loads are in flight.
-SHRINK_COLUMNS, SHRINK_STAGES = 64, 8
+#: Columns of a page that a warp of a shrink loads in a step.
+SHRINK_COLUMNS = 64
+#: Programs of a launch that shrink, at most, where pages are cut into parts; columns of a part.
+SHRINK_PROGRAMS, PART_COLUMNS = 64, 256
 
 
 def one_token(
@@ -81,20 +88,22 @@ def one_token(
         # Factors, rank activations and signals.
         arrays: list[Any] = [None] * (10 if kernel is gate_up_token else 6)
         written = [target]
-        names = ("NUM_ADAPTERS", "MAX_PAGES", "PAGE_LANES", "Z_ROWS", "Z_COLUMNS", "SHRINKS")
-        lora = dict.fromkeys(names, 0)
+        lora = dict.fromkeys(("NUM_ADAPTERS", "MAX_PAGES", "PAGE_LANES", "PARTS", "SHRINKS"), 0)
         if sites:
             _, _, adapters, max_pages, _ = sites[0].table.shape
             arrays = [array for site in sites for array in site]
             written = [ranks, signals, target]
+            num_pages = len(sites) * top_k * max_pages
+            parts = shrink_parts(num_pages, depth, _float32_size(ranks))
             lora = {
                 "NUM_ADAPTERS": adapters,
                 "MAX_PAGES": max_pages,
                 "PAGE_LANES": triton.next_power_of_2(max_pages),
-                "Z_ROWS": ranks.shape[1],
-                "Z_COLUMNS": ranks.shape[2],
-                "SHRINKS": len(sites) * top_k * max_pages,
+                "PARTS": parts,
+                "SHRINKS": num_pages * parts,
             }
+        # As many steps of a page's rows as take no more shared memory than those of the product.
+        shrink_stages = tiles.num_stages * tiles.block_n * len(sites) // PAGE_ROWS
         launch(
             kernel,
             (*inputs, *token, *arrays),
@@ -106,7 +115,7 @@ def one_token(
             BLOCK_K=min(triton.next_power_of_2(depth), tiles.block_k),
             STAGES=tiles.num_stages * 2 // x.dtype.itemsize,
             SHRINK_K=min(triton.next_power_of_2(depth), SHRINK_COLUMNS * tiles.num_warps),
-            SHRINK_STAGES=SHRINK_STAGES * 2 // x.dtype.itemsize,
+            SHRINK_STAGES=max(shrink_stages * 2 // x.dtype.itemsize, 2),
             **sizes,
             **lora,
             **constants,
@@ -116,8 +125,8 @@ def one_token(
     total = given_or_new(out, (1, width), x.dtype)
     if pages is not None:
         signals = given_or_new(signals, SIGNALS, jnp.int32)
-        gate_up_ranks = given_or_new(gate_up_ranks, (2, top_k, pages.gate.max_rank), x.dtype)
-        down_ranks = given_or_new(down_ranks, (1, top_k, pages.gate.max_rank), x.dtype)
+        gate_up_ranks = ranks_buffer(gate_up_ranks, 2 * top_k * pages.gate.max_rank)
+        down_ranks = ranks_buffer(down_ranks, top_k * pages.gate.max_rank)
     run(
         gate_up_token,
         (x, gate_up_weight, gate_up_bias),
@@ -142,6 +151,27 @@ def one_token(
         TOP_K_POW2=triton.next_power_of_2(top_k),
     )
     return total[...] if out is None else out
+
+
+def ranks_buffer(given: Buffer | None, numbers: int) -> Any:
+    """``given`` if it has room for so many float32 numbers, else a new buffer."""
+    if given is not None and _float32_size(given) >= numbers:
+        return given
+    return new_buffer((numbers,), jnp.float32)
+
+
+def _float32_size(buffer: Buffer) -> int:
+    return math.prod(buffer.shape) * buffer.dtype.itemsize // 4
+
+
+def shrink_parts(num_pages: int, columns: int, room: int) -> int:
+    """Programs that share the columns of a page; there is room for so many rank activations."""
+    most = min(
+        SHRINK_PROGRAMS // num_pages,
+        room // (num_pages * PAGE_ROWS),
+        triton.cdiv(columns, PART_COLUMNS),
+    )
+    return 1 << max(most.bit_length() - 1, 0)
 
 
 @triton.jit
@@ -181,8 +211,7 @@ def gate_up_token(
     NUM_ADAPTERS: tl.constexpr,
     MAX_PAGES: tl.constexpr,
     PAGE_LANES: tl.constexpr,
-    Z_ROWS: tl.constexpr,
-    Z_COLUMNS: tl.constexpr,
+    PARTS: tl.constexpr,
 ):
     """The first ``SHRINKS`` programs shrink, the others have ``BLOCK_N`` columns of one pair."""
     NUM_BLOCKS: tl.constexpr = (INTERMEDIATE + BLOCK_N - 1) // BLOCK_N
@@ -190,7 +219,7 @@ def gate_up_token(
     pair = (program - SHRINKS) // NUM_BLOCKS
     if program < SHRINKS:
         if SHRINKS > 0:
-            pair = program // (2 * MAX_PAGES)
+            pair = program // (2 * MAX_PAGES * PARTS)
     # One wait for all that the rest depends on.
     expert, layer = tl.load(experts_ptr + pair), tl.load(layer_ptr)
     adapter = -1
@@ -200,23 +229,26 @@ def gate_up_token(
     # Of the A pages of an adapter and this expert; its B pages follow after B_PAGES entries.
     entry = (layer * 2 * NUM_ADAPTERS + adapter) * MAX_PAGES * NUM_EXPERTS + expert
     B_PAGES: tl.constexpr = NUM_ADAPTERS * MAX_PAGES * NUM_EXPERTS
+    RANKS: tl.constexpr = MAX_PAGES * PAGE_ROWS
     if program < SHRINKS:
         if SHRINKS > 0:
             if real & (adapter >= 0):
-                page, site = program // 2 % MAX_PAGES, program % 2
+                part, site = program % PARTS, program // PARTS % 2
+                page = program // (2 * PARTS) % MAX_PAGES
                 entry += page * NUM_EXPERTS
                 factor = (layer * NUM_ADAPTERS + adapter) * NUM_EXPERTS + expert
-                z_ptr += (site * Z_ROWS + pair) * Z_COLUMNS + page * PAGE_ROWS
+                part_ptr = z_ptr.to(tl.pointer_type(tl.float32), bitcast=True)
+                part_ptr += ((site * TOP_K + pair) * PARTS + part) * RANKS + page * PAGE_ROWS
                 # A branch per site keeps the alignment of each pool known to the compiler.
                 if site == 0:
                     shrink_page(
                         x_ptr, gate_a_ptr, gate_table_ptr + entry, gate_scaling_ptr + factor,
-                        z_ptr, HIDDEN, PAGE_ROWS, SHRINK_K, SHRINK_STAGES,
+                        part_ptr, part, HIDDEN, PAGE_ROWS, SHRINK_K, SHRINK_STAGES, PARTS,
                     )  # fmt: skip
                 else:
                     shrink_page(
-                        x_ptr, up_a_ptr, up_table_ptr + entry, up_scaling_ptr + factor, z_ptr,
-                        HIDDEN, PAGE_ROWS, SHRINK_K, SHRINK_STAGES,
+                        x_ptr, up_a_ptr, up_table_ptr + entry, up_scaling_ptr + factor, part_ptr,
+                        part, HIDDEN, PAGE_ROWS, SHRINK_K, SHRINK_STAGES, PARTS,
                     )  # fmt: skip
                 signal(signals_ptr + 1)
     elif real:
@@ -239,6 +271,9 @@ def gate_up_token(
         gate_ptrs = weight_ptr + column[:, None] * HIDDEN + depth[None, :]
         gate = tl.zeros([BLOCK_N, BLOCK_K], tl.float32)
         up = tl.zeros([BLOCK_N, BLOCK_K], tl.float32)
+        if SHRINKS > 0:
+            gate_b = tl.zeros([PAGE_LANES * PAGE_ROWS, BLOCK_N], gate_b_ptr.dtype.element_ty)
+            up_b = gate_b
         for k in tl.range(0, HIDDEN, BLOCK_K, num_stages=STAGES):
             if HIDDEN % BLOCK_K == 0:
                 x = tl.load(x_ptr + k + depth)
@@ -251,6 +286,10 @@ def gate_up_token(
                 up_weight = tl.load(gate_ptrs + HALF + k, mask=left[None, :], other=0.0)
             gate += gate_weight.to(tl.float32) * x.to(tl.float32)[None, :]
             up += up_weight.to(tl.float32) * x.to(tl.float32)[None, :]
+            if SHRINKS > 0:
+                if k == 0:  # Once the first copies are on their way, and long before its use.
+                    gate_b = load_rank_rows(gate_row, column, gate_b_ptr, INTERMEDIATE)
+                    up_b = load_rank_rows(up_row, column, up_b_ptr, INTERMEDIATE)
         gate, up = tl.sum(gate, 1), tl.sum(up, 1)
         if bias_ptr is not None:
             bias_ptr += stacked_expert * (2 * INTERMEDIATE)
@@ -258,14 +297,15 @@ def gate_up_token(
             up += tl.load(bias_ptr + INTERMEDIATE + column).to(tl.float32)
         if SHRINKS > 0:
             if adapter >= 0:
-                gate_b = load_rank_rows(gate_row, column, gate_b_ptr, INTERMEDIATE)
-                up_b = load_rank_rows(up_row, column, up_b_ptr, INTERMEDIATE)
                 wait_for(signals_ptr + 1, SHRINKS)
-                z_ptrs = z_ptr + pair * Z_COLUMNS + rank
-                gate_z = tl.load(z_ptrs, mask=gate_row >= 0, other=0.0).to(tl.float32)
-                up_z = tl.load(z_ptrs + Z_ROWS * Z_COLUMNS, mask=up_row >= 0, other=0.0)
+                part = tl.arange(0, PARTS)[:, None]
+                z_ptrs = z_ptr.to(tl.pointer_type(tl.float32), bitcast=True)
+                z_ptrs += (pair * PARTS + part) * RANKS + rank[None, :]
+                gate_z = tl.sum(tl.load(z_ptrs, mask=(gate_row >= 0)[None, :], other=0.0), 0)
+                z_ptrs += TOP_K * PARTS * RANKS
+                up_z = tl.sum(tl.load(z_ptrs, mask=(up_row >= 0)[None, :], other=0.0), 0)
                 gate += tl.sum(gate_z[:, None] * gate_b.to(tl.float32), 0)
-                up += tl.sum(up_z.to(tl.float32)[:, None] * up_b.to(tl.float32), 0)
+                up += tl.sum(up_z[:, None] * up_b.to(tl.float32), 0)
         hidden = activate(gate, up, ACTIVATION).to(hidden_ptr.dtype.element_ty)
         tl.store(hidden_ptr + pair * INTERMEDIATE + columns, hidden, mask=columns < INTERMEDIATE)
 
@@ -305,8 +345,7 @@ def down_token(
     NUM_ADAPTERS: tl.constexpr,
     MAX_PAGES: tl.constexpr,
     PAGE_LANES: tl.constexpr,
-    Z_ROWS: tl.constexpr,
-    Z_COLUMNS: tl.constexpr,
+    PARTS: tl.constexpr,
 ):
     """The first ``SHRINKS`` programs shrink, the others have ``BLOCK_N`` columns of the output."""
     program = tl.program_id(0)
@@ -314,21 +353,25 @@ def down_token(
     adapter = -1
     if SHRINKS > 0:
         adapter = tl.load(adapter_ptr)
+        # One wait for both, in programs that shrink.
+        pair = tl.minimum(program // (MAX_PAGES * PARTS), TOP_K - 1)
+        expert = tl.load(experts_ptr + pair)
     real = tl.load(num_tokens_ptr) > 0
     B_PAGES: tl.constexpr = NUM_ADAPTERS * MAX_PAGES * NUM_EXPERTS
+    RANKS: tl.constexpr = MAX_PAGES * PAGE_ROWS
     entry = (layer * 2 * NUM_ADAPTERS + adapter) * MAX_PAGES * NUM_EXPERTS
     if program < SHRINKS:
         if SHRINKS > 0:
             if real & (adapter >= 0):
-                pair, page = program // MAX_PAGES, program % MAX_PAGES
-                expert = tl.load(experts_ptr + pair)
+                page, part = program // PARTS % MAX_PAGES, program % PARTS
+                part_ptr = z_ptr.to(tl.pointer_type(tl.float32), bitcast=True)
+                part_ptr += (pair * PARTS + part) * RANKS + page * PAGE_ROWS
                 shrink_page(
                     hidden_ptr + pair * INTERMEDIATE,
                     a_ptr,
                     table_ptr + entry + page * NUM_EXPERTS + expert,
                     scaling_ptr + (layer * NUM_ADAPTERS + adapter) * NUM_EXPERTS + expert,
-                    z_ptr + pair * Z_COLUMNS + page * PAGE_ROWS,
-                    INTERMEDIATE, PAGE_ROWS, SHRINK_K, SHRINK_STAGES,
+                    part_ptr, part, INTERMEDIATE, PAGE_ROWS, SHRINK_K, SHRINK_STAGES, PARTS,
                 )  # fmt: skip
                 signal(signals_ptr + 2)
     else:
@@ -340,10 +383,10 @@ def down_token(
                 rank = tl.arange(0, PAGE_LANES * PAGE_ROWS)
                 pairs = tl.arange(0, TOP_K_POW2)
                 exists = (pairs < TOP_K) & (adapter >= 0)
-                expert = tl.load(experts_ptr + pairs, mask=exists, other=0)
+                chosen = tl.load(experts_ptr + pairs, mask=exists, other=0)
                 page = rank // PAGE_ROWS
                 pool_row = tl.load(
-                    table_ptr + entry + B_PAGES + expert[:, None] + page[None, :] * NUM_EXPERTS,
+                    table_ptr + entry + B_PAGES + chosen[:, None] + page[None, :] * NUM_EXPERTS,
                     mask=exists[:, None] & (page < MAX_PAGES)[None, :], other=-1,
                 )  # fmt: skip
                 b_row = tl.where(
@@ -353,6 +396,8 @@ def down_token(
             depth = tl.arange(0, BLOCK_K)
             tile_ptrs = weight_ptr + column[:, None] * INTERMEDIATE + depth[None, :]
             products = tl.zeros([BLOCK_N, BLOCK_K], tl.float32)
+            if SHRINKS > 0:
+                b = tl.zeros([TOP_K_POW2, PAGE_LANES * PAGE_ROWS, BLOCK_N], b_ptr.dtype.element_ty)
             # One loop over all experts, so that the copies never have to begin anew.
             for step in tl.range(0, TOP_K * STEPS, num_stages=STAGES):
                 choice, k = step // STEPS, step % STEPS * BLOCK_K
@@ -367,6 +412,9 @@ def down_token(
                     tile = tl.load(tile_ptrs + first, mask=left[None, :], other=0.0)
                 scaled = hidden.to(tl.float32) * tl.load(weights_ptr + choice)
                 products += tile.to(tl.float32) * scaled[None, :]
+                if SHRINKS > 0:
+                    if step == 0:  # As in gate_up.
+                        b = load_rank_rows(b_row, column, b_ptr, HIDDEN)
             total += tl.sum(products, 1)
             if bias_ptr is not None:
                 for choice in tl.static_range(TOP_K):
@@ -375,15 +423,14 @@ def down_token(
                     total += tl.load(weights_ptr + choice) * bias
             if SHRINKS > 0:
                 if adapter >= 0:
-                    b = load_rank_rows(b_row, column, b_ptr, HIDDEN).to(tl.float32)
                     weight = tl.load(weights_ptr + pairs, mask=exists, other=0.0)
                     wait_for(signals_ptr + 2, SHRINKS)
-                    z = tl.load(
-                        z_ptr + pairs[:, None] * Z_COLUMNS + rank[None, :],
-                        mask=b_row >= 0, other=0.0,
-                    )  # fmt: skip
-                    z = z.to(tl.float32) * weight[:, None]
-                    total += tl.sum(tl.sum(z[:, :, None] * b, 1), 0)
+                    part = tl.arange(0, PARTS)[None, :, None]
+                    z_ptrs = z_ptr.to(tl.pointer_type(tl.float32), bitcast=True)
+                    z_ptrs += (pairs[:, None, None] * PARTS + part) * RANKS + rank[None, None, :]
+                    z = tl.load(z_ptrs, mask=(b_row >= 0)[:, None, :], other=0.0)
+                    z = tl.sum(z, 1) * weight[:, None]
+                    total += tl.sum(tl.sum(z[:, :, None] * b.to(tl.float32), 1), 0)
         total = (total * SCALING).to(out_ptr.dtype.element_ty)
         tl.store(out_ptr + columns, total, mask=columns < HIDDEN)
         if SHRINKS > 0:
@@ -400,19 +447,21 @@ def shrink_page(
     entry_ptr,
     scaling_ptr,
     z_ptr,
+    part,
     WIDTH: tl.constexpr,
     PAGE_ROWS: tl.constexpr,
     BLOCK_K: tl.constexpr,
     STAGES: tl.constexpr,
+    PARTS: tl.constexpr,
 ):
-    """``z = scaling · A · x`` for one page, if the adapter has it; few waits for memory."""
+    """``scaling · A · x`` for one page, if the adapter has it, and a part of the columns of x."""
     pool_row, scaling = tl.load(entry_ptr), tl.load(scaling_ptr)
     if pool_row >= 0:
         rank, column = tl.arange(0, PAGE_ROWS), tl.arange(0, BLOCK_K)
         a_ptrs = pool_ptr + pool_row.to(tl.int64) * PAGE_ROWS * WIDTH
         a_ptrs += rank[:, None] * WIDTH + column[None, :]
         products = tl.zeros([PAGE_ROWS, BLOCK_K], tl.float32)
-        for k in tl.range(0, WIDTH, BLOCK_K, num_stages=STAGES):
+        for k in tl.range(part * BLOCK_K, WIDTH, PARTS * BLOCK_K, num_stages=STAGES):
             if WIDTH % BLOCK_K == 0:
                 x, a = tl.load(x_ptr + k + column), tl.load(a_ptrs + k)
             else:
@@ -420,8 +469,7 @@ def shrink_page(
                 x = tl.load(x_ptr + k + column, mask=inside, other=0.0)
                 a = tl.load(a_ptrs + k, mask=inside[None, :], other=0.0)
             products += a.to(tl.float32) * x.to(tl.float32)[None, :]
-        z = tl.sum(products, 1) * scaling
-        tl.store(z_ptr + rank, z.to(z_ptr.dtype.element_ty))
+        tl.store(z_ptr + rank, tl.sum(products, 1) * scaling)
 
 
 @triton.jit
