@@ -7,7 +7,6 @@ shapes and offsets followed by raw numbers, so opening one can never run code.
 import functools
 import json
 import os
-from collections.abc import Collection
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import TracebackType
@@ -134,25 +133,25 @@ class SafetensorsFile:
             self._raw.close()
             self._file.__exit__(kind, value, traceback)
 
-    def read(self, name: str, dtypes: Collection[str] = FLOAT_DTYPES.keys()) -> np.ndarray:
+    def read(self, name: str) -> np.ndarray:
         """Read one tensor, in the dtype of the file (bfloat16 as ``ml_dtypes.bfloat16``).
 
         Args:
             name: the tensor.
-            dtypes: those that it may have, as headers call them.
 
         Returns:
             A C-contiguous array of its own memory.
 
         Raises:
-            error: if the file has no tensor of that name, or its dtype is not in ``dtypes``.
+            error: if the file has no tensor of that name, or its dtype is not in ``FLOAT_DTYPES``.
         """
         if name not in self.headers:
             raise self._error(f"{self.path}: no tensor {name!r}")
         dtype = self.headers[name].dtype
-        if dtype not in dtypes:
+        if dtype not in FLOAT_DTYPES:
             raise self._error(
-                f"{self.path}: tensor {name!r} has dtype {dtype}; supported are {', '.join(dtypes)}"
+                f"{self.path}: tensor {name!r} has dtype {dtype}; "
+                f"supported are {', '.join(FLOAT_DTYPES)}"
             )
         if self._file is None:
             values = np.frombuffer(self._tensors[name]["data"], FLOAT_DTYPES[dtype])
@@ -165,6 +164,8 @@ class SafetensorsFile:
 
     def read_bytes_into(self, memory: np.ndarray, name: str, threads: ThreadPoolExecutor) -> None:
         """Read the bytes of a tensor into memory that is there, which is faster than new memory.
+
+        Not of a file that was opened with ``in_memory``.
 
         Args:
             memory: uint8, as long as the tensor.

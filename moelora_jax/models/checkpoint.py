@@ -239,9 +239,10 @@ def load_parameters(
         )
         with bar:
             title = f"Loading {folder.resolve().name}"
-            task = bar.add_task(title, total=sum(_sizes(parameters.values(), files).values()))
+            sizes = _sizes(parameters.values(), files)
+            task = bar.add_task(title, total=sum(sizes.values()))
             advance = functools.partial(bar.advance, task)
-            with _Loader(files, parameters.values(), advance) as loader:
+            with _Loader(files, parameters.values(), sizes, advance) as loader:
                 return {
                     name: loader.load(parameter, parameter.dtype_in(target))
                     for name, parameter in parameters.items()
@@ -597,28 +598,29 @@ class _Loader:
     Args:
         files: the file of each tensor, in the order of the files.
         parameters: what will be loaded.
+        sizes: bytes of every tensor of these.
         advance: is told of bytes that have arrived.
     """
 
     def __init__(
         self,
         files: Mapping[str, SafetensorsFile],
-        parameters: Collection[Parameter],
+        parameters: Iterable[Parameter],
+        sizes: Mapping[str, int],
         advance: Callable[[int], None],
     ) -> None:
-        self._files, self._advance = files, advance
+        self._files, self._sizes, self._advance = files, sizes, advance
         # A quantised piece has the place of its first tensor.
         self._names = dict.fromkeys(
             name for tensor in files for name in (tensor, tensor.removesuffix("_blocks"))
         )
-        self._sizes = _sizes(parameters, files)
-        sizes = [
-            sum(_aligned(self._sizes[tensor]) for tensor in _tensors_of_piece(name, p, files))
-            for p in parameters
-            for name in p.pieces
+        pieces = [
+            self._memory_of(_tensors_of_piece(name, parameter, files))
+            for parameter in parameters
+            for name in parameter.pieces
         ]
         # Two of the largest, so that one is read while the device takes the other.
-        self._memory = np.empty(min(sum(sizes), max(_MEMORY_BYTES, 2 * max(sizes))), np.uint8)
+        self._memory = np.empty(min(sum(pieces), max(_MEMORY_BYTES, 2 * max(pieces))), np.uint8)
         self._end = 0
         self._in_flight: deque[_Placed] = deque()
         self._threads = ThreadPoolExecutor()
@@ -636,7 +638,7 @@ class _Loader:
             if name not in parameter.pieces:
                 continue
             expected = _tensors_of_piece(name, parameter, self._files)
-            start = self._reserve(sum(_aligned(self._sizes[tensor]) for tensor in expected))
+            start = self._reserve(self._memory_of(expected))
             tensors = [self._read(tensor, header) for tensor, header in expected.items()]
             values, axes = tensors[0], parameter.axes
             if len(tensors) == 2:
@@ -654,6 +656,10 @@ class _Loader:
         while self._in_flight:
             self._wait()
         return array
+
+    def _memory_of(self, tensors: Iterable[str]) -> int:
+        """Bytes of memory that the tensors of a piece need."""
+        return sum(_aligned(self._sizes[tensor]) for tensor in tensors)
 
     def _reserve(self, size: int) -> int:
         """Where in the memory the next ``size`` bytes go, once they are free there."""
