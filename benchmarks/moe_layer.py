@@ -249,7 +249,7 @@ def main() -> None:
     parser.add_argument("--rank", default="16")
     parser.add_argument("--adapters", default="auto")
     parser.add_argument("--layout", default="per_expert", choices=["per_expert", "shared"])
-    parser.add_argument("--mix", default="token", choices=["token", "request"])
+    parser.add_argument("--mix", default="token", choices=["token", "request", "none"])
     parser.add_argument("--max-rank", type=int)
     parser.add_argument("--json", type=Path)
     parser.add_argument("--workers", type=int, default=1)

@@ -47,7 +47,8 @@ class Point:
         rank: of all adapters.
         adapters: resident adapters, all of them used.
         layout: own factors for every expert; or A of gate and up, and B of down, shared by all.
-        mix: adapters drawn per token, or one adapter for each of ``adapters`` runs of tokens.
+        mix: adapters drawn per token, or one adapter for each of ``adapters`` runs of tokens, or
+            no adapter for any token.
         max_rank: what the page tables allow; None means ``rank``.
     """
 
@@ -56,7 +57,7 @@ class Point:
     rank: int = 16
     adapters: int = 1
     layout: Literal["per_expert", "shared"] = "per_expert"
-    mix: Literal["token", "request"] = "token"
+    mix: Literal["token", "request", "none"] = "token"
     max_rank: int | None = None
 
     @property
@@ -75,6 +76,7 @@ class Point:
             "adapters": self.adapters,
             "layout": self.layout,
             "mix": self.mix,
+            "max_rank": self.max_rank or self.rank,
         }
 
 
@@ -87,7 +89,7 @@ def anchors() -> list[dict[str, Any]]:
 def anchor_of(point: Point) -> dict[str, Any] | None:
     """The anchor measured at this point, if there is one."""
     wanted = point.describe()
-    if wanted.pop("mix") != "token":
+    if wanted.pop("mix") != "token" or wanted.pop("max_rank") != point.rank:
         return None
     for anchor in anchors():
         if all(anchor[key] == value for key, value in wanted.items()):
@@ -132,6 +134,8 @@ class Workload:
 
     def _assign(self, rng: np.random.Generator) -> np.ndarray:
         tokens, adapters = self.point.tokens, self.point.adapters
+        if self.point.mix == "none":
+            return np.full(tokens, -1, np.int32)
         if self.point.mix == "request":
             assigned = np.arange(tokens) * adapters // tokens
         else:
