@@ -154,6 +154,11 @@ def scalar(value: Array | int) -> Array:
     return jnp.reshape(jnp.asarray(value, jnp.int32), (1,))
 
 
+def precision(dtype: jnp.dtype) -> str:
+    """float32 products must not be rounded to tf32."""
+    return "ieee" if dtype == jnp.float32 else "tf32"
+
+
 def _problem(device: jax.Device) -> str | None:
     """Why the kernels cannot run on this GPU, or None."""
     capability = getattr(device, "compute_capability", None)

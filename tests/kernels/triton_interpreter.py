@@ -29,6 +29,7 @@ from moelora_kernels import (
     shrink,
     sort_tokens,
 )
+from moelora_kernels.expert_lora import triton_shrink
 from moelora_kernels.linear import api as linear_api
 from moelora_kernels.linear import triton_many_rows
 from moelora_kernels.tuning.tiles import (
@@ -239,7 +240,7 @@ class Calls:
         setattr(self.module, self.name, self.function)
 
 
-def check_shared(expert_lora: Any) -> None:
+def check_shared() -> None:
     """A that all experts share is multiplied once per token, other A once per pair."""
     shape = Shape(40, 3, 6, 40, 24, 4, 1)
     case = LayerCase(LayerSpec(shape, num_tokens=37, kinds=("shared", "own"), seed=3))
@@ -248,13 +249,13 @@ def check_shared(expert_lora: Any) -> None:
     groups = (adapter[:, None] * 6 + case.experts[:37])[adapter >= 0]
     # Runs of sixteen rows at most: of tokens, of pairs for gate and up, of pairs for down.
     pairs_of_run = -(-np.bincount(groups.ravel(), minlength=24).reshape(4, 6) // 16)
-    with Calls(expert_lora, "multiply_pages") as calls:
+    with Calls(triton_shrink, "multiply_pages") as calls:
         check_shrink(case, SHRINKS[1])
     assert calls.count == (-(-tokens[::2] // 16)).sum() + pairs_of_run[1::2].sum() + (
         pairs_of_run.sum()
     )
     for tiles in TILES[:2]:
-        with Calls(expert_lora, "shrink_pages") as calls:
+        with Calls(triton_shrink, "shrink_pages") as calls:
             check_case(case, tiles)
         # For gate, for up and for down.
         assert calls.count == 2 * (tokens[::2].sum() + 3 * tokens[1::2].sum()) + 3 * tokens.sum()
@@ -446,7 +447,7 @@ def main() -> None:
     from moelora_kernels.sort import triton as sort
 
     modules = (combine, dense, expert_lora, fused_experts, heads, linear, router, sort)
-    for module in (*modules, triton_many_rows, triton_one_token):
+    for module in (*modules, triton_many_rows, triton_one_token, triton_shrink):
         module.launch = interpret  # type: ignore[attr-defined]
     check_route()
     check_heads(6, 2, 20, norms=True)
@@ -455,15 +456,15 @@ def main() -> None:
     # The form for large batches, in blocks that a small one fills.
     sort.MAX_COUNTED_PAIRS, sort.BLOCK_PAIRS = 0, 128
     check_sort()
-    check_shared(expert_lora)
+    check_shared()
     # Runs of several windows, which are cut; several chunks of tokens; more pages than are
     # multiplied at once.
-    expert_lora.CHUNK_TOKENS, expert_lora.CHUNK_PROGRAMS = 16, 2
+    triton_shrink.CHUNK_TOKENS, triton_shrink.CHUNK_PROGRAMS = 16, 2
     for spec, stack_pages in (
         (LayerSpec(Shape(90, 2, 3, 40, 24, 3, 1), num_tokens=80, assignment="runs"), 8),
         (LayerSpec(Shape(40, 3, 6, 40, 24, 10, 3), num_tokens=39), 4),
     ):
-        expert_lora.STACK_PAGES = stack_pages
+        triton_shrink.STACK_PAGES = stack_pages
         for shrink_tiles in SHRINKS:
             check_shrink(LayerCase(spec), shrink_tiles)
     # The interpreter cannot multiply bfloat16.

@@ -7,15 +7,14 @@ import triton
 import triton.language as tl
 from jax import Array
 
-from moelora_kernels.backend import Launch, launch, scalar
-from moelora_kernels.expert_lora.triton import (
+from moelora_kernels.backend import Launch, launch, precision, scalar
+from moelora_kernels.expert_lora.triton_expand import (
     add_expand,
     find_adapters,
     find_pages,
-    precision,
-    shrink,
     tile_adapters,
 )
+from moelora_kernels.expert_lora.triton_shrink import shrink
 from moelora_kernels.tiles import max_tiles
 from moelora_kernels.tuning.tiles import GemmTiles, ShrinkTiles
 from moelora_kernels.types import PAGE_ROWS, Buffer, SitePages, TokenSort

@@ -68,10 +68,10 @@ def shrink(
     if len({site.max_rank for site in sites}) != 1:
         raise ValueError(f"sites of one shrink differ in max_rank: {[s.max_rank for s in sites]}")
     if choose(implementation) == "triton":
-        from moelora_kernels.expert_lora import triton
+        from moelora_kernels.expert_lora import triton_shrink
 
         experts = sites[0].table.shape[4]
-        return triton.shrink(
+        return triton_shrink.shrink(
             x,
             sort,
             sites,

@@ -35,7 +35,8 @@ from jax.typing import DTypeLike
 from moelora_kernels.backend import Launch, call_in_place, launch, scalar
 from moelora_kernels.buffers import given_or_new, result
 from moelora_kernels.expert_lora import reference
-from moelora_kernels.expert_lora.triton import find_adapters, shrink, tile_adapters
+from moelora_kernels.expert_lora.triton_expand import find_adapters, tile_adapters
+from moelora_kernels.expert_lora.triton_shrink import shrink
 from moelora_kernels.tiles import max_tiles
 from moelora_kernels.tuning.tiles import MosaicTiles
 from moelora_kernels.types import PAGE_ROWS, RANK_PADDING, Buffer, SitePages, TokenSort

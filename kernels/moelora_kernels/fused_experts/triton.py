@@ -4,7 +4,7 @@ The programs of the launch have six tasks, in this order: the sort, the shrink b
 gate_up, the shrink before down, down, and combine. Each is the program of the kernel that does the
 task alone, and first waits for those programs of the tasks before that it reads from: down, and its
 shrink, for the gate_up of their own tile only, so that weights are read without a pause. See
-:mod:`moelora_kernels.expert_lora.triton` for why waiting is safe. With few tokens a layer takes so
+:mod:`moelora_kernels.waiting` for why waiting is safe. With few tokens a layer takes so
 little time that the starts and ends of separate launches, at which the memory is idle, matter.
 """
 
@@ -19,21 +19,18 @@ from moelora_kernels.backend import Launch, launch, scalar
 from moelora_kernels.buffers import given_or_new
 from moelora_kernels.combine.triton import block_columns, sum_experts
 from moelora_kernels.expert_lora.triton import (
-    clear,
     down_tile,
     gate_up_tile,
-    leave,
     product_constants,
     shrink_for_down,
     shrink_for_gate_up,
-    signal,
-    wait_for,
 )
 from moelora_kernels.sort.api import token_sort_shapes
 from moelora_kernels.sort.triton import count_and_place, counting_constants
 from moelora_kernels.tiles import max_tiles
 from moelora_kernels.tuning.tiles import MoeTiles, MosaicTiles
 from moelora_kernels.types import SIGNALS, Buffer, ExpertPages, TokenSort
+from moelora_kernels.waiting import clear, leave, signal, wait_for
 
 #: Counters of the whole launch; two for each tile follow them.
 LAUNCH_SIGNALS = 8

@@ -6,7 +6,7 @@ on their way at any moment, so every loop copies many steps ahead into shared me
 that for a loop without tensor core products only where the loop itself names its stages.)
 
 The first programs of each launch shrink, one page each. The others wait for them only when their
-sums are complete; see :mod:`moelora_kernels.expert_lora.triton` for why that is safe. The launch of
+sums are complete; see :mod:`moelora_kernels.waiting` for why that is safe. The launch of
 down clears the counters of both.
 
 All rows are pairs in the order of the router's choices.
@@ -22,9 +22,10 @@ from jax import Array
 
 from moelora_kernels.backend import Launch, launch, scalar
 from moelora_kernels.buffers import given_or_new
-from moelora_kernels.expert_lora.triton import activate, clear, leave, signal, wait_for
+from moelora_kernels.expert_lora.triton import activate
 from moelora_kernels.tuning.tiles import GemmTiles
 from moelora_kernels.types import PAGE_ROWS, SIGNALS, Buffer, ExpertPages, SitePages
+from moelora_kernels.waiting import clear, leave, signal, wait_for
 
 #: Stages are for 16 bits a number.
 GATE_UP_TILES = GemmTiles(block_n=8, block_k=256, num_warps=4, num_stages=8)

@@ -5,7 +5,7 @@ with rows of one adapter. The next multiply: each has some columns of one map, o
 too few to keep the memory busy, part of their sums; whoever completes the last part of a tile adds
 up all of them, always in the same order. What adapters add is one more such part, with programs of
 its own, or else comes after a tile's only part: these wait until all pages have been shrunk, while
-weights are read. See :mod:`moelora_kernels.expert_lora.triton` for why waiting is safe.
+weights are read. See :mod:`moelora_kernels.waiting` for why waiting is safe.
 
 The weights are the left operand, so that a tile has no more rows than the batch. For one row the
 products are on the ordinary units.
@@ -20,24 +20,20 @@ import triton
 import triton.language as tl
 from jax import Array
 
-from moelora_kernels.backend import Launch, launch, scalar
+from moelora_kernels.backend import Launch, launch, precision, scalar
 from moelora_kernels.buffers import given_or_new
-from moelora_kernels.expert_lora.triton import (
-    clear,
+from moelora_kernels.expert_lora.triton_expand import (
     find_adapters,
     find_pages,
-    leave,
     load_pages,
     load_ranks,
-    precision,
-    signal,
     stack_ranks,
     tile_adapters,
-    wait_for,
 )
 from moelora_kernels.fused_experts.triton_one_token import find_rank_rows, load_rank_rows
 from moelora_kernels.tuning.tiles import LinearTiles
 from moelora_kernels.types import PAGE_ROWS, SIGNALS, Buffer, LinearMap, SitePages, TokenSort
+from moelora_kernels.waiting import clear, leave, signal, wait_for
 
 #: Maps that one launch has parameters for.
 MAX_MAPS = 3

@@ -14,12 +14,11 @@ import triton
 import triton.language as tl
 from jax import Array
 
-from moelora_kernels.backend import Launch, launch, scalar
-from moelora_kernels.expert_lora.triton import (
+from moelora_kernels.backend import Launch, launch, precision, scalar
+from moelora_kernels.expert_lora.triton_expand import (
     find_adapters,
     find_pages,
     load_pages,
-    precision,
     spread,
     stack_ranks,
     tile_adapters,
