@@ -4,17 +4,16 @@ Safetensors is the only tensor format that this package reads: a file is a heade
 shapes and offsets followed by raw numbers, so opening one can never run code.
 """
 
-import functools
 import json
 import os
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import TracebackType
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import ml_dtypes
 import numpy as np
-from safetensors import SafetensorError, deserialize, safe_open
+from safetensors import SafetensorError, safe_open
 
 from moelora_jax.errors import MoeLoraError
 
@@ -27,9 +26,10 @@ FLOAT_DTYPES: dict[str, np.dtype] = {
     "BF16": np.dtype(ml_dtypes.bfloat16),
 }
 
-
 # Bytes that one thread reads at a time.
 _CHUNK_BYTES = 16 * 2**20
+# What the format allows.
+_MAX_HEADER_BYTES = 100 * 10**6
 
 
 class TensorHeader(NamedTuple):
@@ -47,9 +47,9 @@ class TensorHeader(NamedTuple):
 class SafetensorsFile:
     """A safetensors file, open for reading; a context manager that closes it.
 
-    Opening reads and checks the header only; :meth:`read` copies one tensor. The file is mapped
-    into memory: should it shrink meanwhile, the system ends the process. A file that others may
-    change while a server reads it is opened with ``in_memory``, which reads all of it at once.
+    Opening reads and checks the header only; :meth:`read` reads one tensor. Nothing is mapped into
+    memory: should a mapped file shrink, the system would end the process. A file that others may
+    change while it is read is opened with ``in_memory``, which reads all of it at once.
 
     ::
 
@@ -64,7 +64,7 @@ class SafetensorsFile:
 
     Args:
         path: the file to open.
-        error: the exception class of every failure, here and in :meth:`read`.
+        error: the exception class of every failure, here and in the methods.
         in_memory: read the whole file now.
 
     Raises:
@@ -79,45 +79,57 @@ class SafetensorsFile:
         self._error = error
         if not self.path.is_file():
             raise error(f"{self.path}: no such file")
-        self._file: Any = None
-        self._raw: Any = None
-        self._tensors: dict[str, Any] = {}  # With in_memory, in place of the file.
         try:
-            if in_memory:
-                self._tensors = _deserialize(self._read_bytes())
-                self.headers = {
-                    name: TensorHeader(tensor["dtype"], tuple(tensor["shape"]))
-                    for name, tensor in self._tensors.items()
-                }
-            else:
-                self._file = safe_open(self.path, framework="np")
-                self._raw = self.path.open("rb", buffering=0)
-                self.headers = {name: self._header(name) for name in self._file.offset_keys()}
+            self._file = self.path.open("rb", buffering=0)
+        except OSError as cause:
+            raise error(f"{self.path}: cannot be opened: {cause}") from cause
+        try:
+            self._memory = self._read_all() if in_memory else None
+            self.headers, self._places = self._read_header()
         except (SafetensorError, OSError) as cause:
+            self._file.close()
             raise error(f"{self.path}: not a readable safetensors file: {cause}") from cause
+        except MoeLoraError:
+            self._file.close()
+            raise
 
-    def _read_bytes(self) -> bytes:
-        with self.path.open("rb") as file:
-            before = os.fstat(file.fileno())
-            data = file.read()
-            after = os.fstat(file.fileno())
-        if (before.st_size, before.st_mtime_ns) != (after.st_size, after.st_mtime_ns):
+    def _read_all(self) -> np.ndarray:
+        before = os.fstat(self._file.fileno())
+        memory = np.empty(before.st_size, np.uint8)
+        with ThreadPoolExecutor() as threads:
+            is_whole = self._read_into(memory, 0, threads)
+        after = os.fstat(self._file.fileno())
+        if not is_whole or (after.st_size, after.st_mtime_ns) != (len(memory), before.st_mtime_ns):
             raise self._error(
                 f"{self.path}: changed while it was read; write a new folder and rename it instead"
             )
-        return data
+        memory.flags.writeable = False
+        return memory
 
-    def _header(self, name: str) -> TensorHeader:
-        # A slice is a handle: nothing is read before it is indexed.
-        handle = self._file.get_slice(name)
-        return TensorHeader(handle.get_dtype(), tuple(handle.get_shape()))
-
-    @functools.cached_property
-    def _starts(self) -> dict[str, int]:
-        """Where the bytes of each tensor begin in the file."""
-        length = int.from_bytes(os.pread(self._raw.fileno(), 8, 0), "little")
-        header = json.loads(os.pread(self._raw.fileno(), length, 8))
-        return {name: 8 + length + header[name]["data_offsets"][0] for name in self.headers}
+    def _read_header(self) -> tuple[dict[str, TensorHeader], dict[str, slice]]:
+        """What the header says of each tensor, and where its bytes are in the file."""
+        start = self._bytes(0, 8)
+        length = int.from_bytes(start, "little")
+        text = self._bytes(8, min(length, _MAX_HEADER_BYTES))
+        # The library checks the header, but maps what it opens: it gets a file of the same size
+        # that has no numbers, and that nobody else can change.
+        copy = os.memfd_create("header")
+        try:
+            os.truncate(copy, self._num_bytes())
+            os.pwrite(copy, start + text, 0)
+            with safe_open(f"/proc/self/fd/{copy}", framework="np") as checked:
+                # A slice is a handle: nothing is read before it is indexed.
+                handles = {name: checked.get_slice(name) for name in checked.offset_keys()}
+                headers = {
+                    name: TensorHeader(handle.get_dtype(), tuple(handle.get_shape()))
+                    for name, handle in handles.items()
+                }
+        finally:
+            os.close(copy)
+        entries = json.loads(text)
+        offsets = {name: entries[name]["data_offsets"] for name in headers}
+        first = 8 + length
+        return headers, {n: slice(first + at, first + end) for n, (at, end) in offsets.items()}
 
     def __enter__(self) -> "SafetensorsFile":
         return self
@@ -128,10 +140,8 @@ class SafetensorsFile:
         value: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        self._tensors = {}
-        if self._file is not None:
-            self._raw.close()
-            self._file.__exit__(kind, value, traceback)
+        self._memory = None
+        self._file.close()
 
     def read(self, name: str) -> np.ndarray:
         """Read one tensor, in the dtype of the file (bfloat16 as ``ml_dtypes.bfloat16``).
@@ -140,32 +150,31 @@ class SafetensorsFile:
             name: the tensor.
 
         Returns:
-            A C-contiguous array of its own memory.
+            A C-contiguous array; with ``in_memory`` a read-only view of all that was read.
 
         Raises:
-            error: if the file has no tensor of that name, or its dtype is not in ``FLOAT_DTYPES``.
+            error: if the file has no tensor of that name, its dtype is not in ``FLOAT_DTYPES``, or
+                the file is shorter than it was.
         """
         if name not in self.headers:
             raise self._error(f"{self.path}: no tensor {name!r}")
-        dtype = self.headers[name].dtype
+        dtype, shape = self.headers[name]
         if dtype not in FLOAT_DTYPES:
             raise self._error(
                 f"{self.path}: tensor {name!r} has dtype {dtype}; "
                 f"supported are {', '.join(FLOAT_DTYPES)}"
             )
-        if self._file is None:
-            values = np.frombuffer(self._tensors[name]["data"], FLOAT_DTYPES[dtype])
-            return values.reshape(self.headers[name].shape)
-        try:
-            tensor: np.ndarray = self._file.get_tensor(name)
-        except (SafetensorError, OSError) as cause:
-            raise self._error(f"{self.path}: tensor {name!r} cannot be read: {cause}") from cause
-        return tensor
+        place = self._places[name]
+        if self._memory is not None:
+            memory = self._memory[place]
+        else:
+            memory = np.empty(place.stop - place.start, np.uint8)
+            with ThreadPoolExecutor() as threads:
+                self.read_bytes_into(memory, name, threads)
+        return memory.view(FLOAT_DTYPES[dtype]).reshape(shape)
 
     def read_bytes_into(self, memory: np.ndarray, name: str, threads: ThreadPoolExecutor) -> None:
         """Read the bytes of a tensor into memory that is there, which is faster than new memory.
-
-        Not of a file that was opened with ``in_memory``.
 
         Args:
             memory: uint8, as long as the tensor.
@@ -175,25 +184,35 @@ class SafetensorsFile:
         Raises:
             error: if the file is shorter than it was, or cannot be read.
         """
-        start, view = self._starts[name], memoryview(memory)
-
-        def read(at: int) -> None:
-            while at < (stop := min(len(view), (at // _CHUNK_BYTES + 1) * _CHUNK_BYTES)):
-                count = os.preadv(self._raw.fileno(), [view[at:stop]], start + at)
-                if count == 0:
-                    raise self._error(f"{self.path}: tensor {name!r} is cut short")
-                at += count
-
         try:
-            list(threads.map(read, range(0, len(view), _CHUNK_BYTES)))
+            is_whole = self._read_into(memory, self._places[name].start, threads)
         except OSError as cause:
             raise self._error(f"{self.path}: tensor {name!r} cannot be read: {cause}") from cause
+        if not is_whole:
+            raise self._error(f"{self.path}: tensor {name!r} is cut short")
 
+    def _num_bytes(self) -> int:
+        if self._memory is not None:
+            return len(self._memory)
+        return os.fstat(self._file.fileno()).st_size
 
-def _deserialize(data: bytes) -> dict[str, Any]:
-    """Dtype, shape and bytes of the tensors of a file, in the order in which they are stored."""
-    tensors = dict(deserialize(data))  # In no order, but the header is proven to be sound.
-    header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
-    return {
-        name: tensors[name] for name in sorted(tensors, key=lambda n: header[n]["data_offsets"])
-    }
+    def _bytes(self, start: int, count: int) -> bytes:
+        """Bytes of the file, fewer than ``count`` where it ends before."""
+        if self._memory is not None:
+            return self._memory[start : start + count].tobytes()
+        return os.pread(self._file.fileno(), count, start)
+
+    def _read_into(self, memory: np.ndarray, start: int, threads: ThreadPoolExecutor) -> bool:
+        """Fill ``memory`` from the file's byte ``start`` on; False where the file ends before."""
+        view = memoryview(memory)
+
+        def read(at: int) -> bool:
+            stop = min(len(view), at + _CHUNK_BYTES)
+            while at < stop:
+                count = os.preadv(self._file.fileno(), [view[at:stop]], start + at)
+                if count == 0:
+                    return False
+                at += count
+            return True
+
+        return all(threads.map(read, range(0, len(view), _CHUNK_BYTES)))

@@ -90,10 +90,10 @@ def sharded(tmp_path: Path) -> Path:
 def no_reads(monkeypatch: pytest.MonkeyPatch) -> None:
     """Fails the test if any weight is read: a bad checkpoint must be refused by its headers."""
 
-    def read(self: SafetensorsFile, name: str) -> np.ndarray:
+    def read_bytes_into(self: SafetensorsFile, memory: object, name: str, threads: object) -> None:
         raise AssertionError(f"{name} was read")
 
-    monkeypatch.setattr(SafetensorsFile, "read", read)
+    monkeypatch.setattr(SafetensorsFile, "read_bytes_into", read_bytes_into)
 
 
 def edit_tensors(path: Path, edit: Callable[[dict[str, Any]], object]) -> None:

@@ -5,7 +5,9 @@ factors of one width share one pool, whichever site, layer and expert they belon
 occupies one *slot*: one index of the adapters axis of every page table.
 """
 
+import itertools
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from typing import NamedTuple
@@ -23,6 +25,9 @@ from moelora_kernels.types import PAGE_ROWS, SitePages
 #: Pages travel to the device in chunks of this many bytes at most, so that one compiled program per
 #: pool writes an adapter of any size.
 CHUNK_BYTES = 16 * 2**20
+
+# Factors that a thread packs at a time: a few take too little time to be worth a task.
+_FACTORS_PER_TASK = 32
 
 # Index of the factor in the second axis of a page table.
 _A, _B = 0, 1
@@ -346,15 +351,17 @@ class PagePool:
             for side, rows in enumerate(update.factors):
                 key = factor_key(rows)
                 if key not in numbers_of_factor:
-                    factor = _Factor(rows, target, side)
-                    width = factor.rows.shape[1]
+                    width = rows.shape[1]
                     first = num_pages[width]
                     numbers_of_factor[key] = np.arange(first, first + count, dtype=np.int32)
                     num_pages[width] += count
-                    factors[width].append(factor)
+                    factors[width].append(_Factor(rows, target, side, first))
                 table.pages[row, side, :count, target.expert] = numbers_of_factor[key]
 
-        pages = {width: self._pack_pages(adapter, factors[width], width) for width in self.pools}
+        pages = {
+            width: self._pack_pages(adapter, factors[width], num_pages[width], width)
+            for width in self.pools
+        }
         return PackedAdapter(
             layout=adapter.layout,
             source=adapter.source,
@@ -558,23 +565,27 @@ class PagePool:
             )
         return site
 
-    def _pack_pages(self, adapter: Adapter, factors: Sequence["_Factor"], width: int) -> np.ndarray:
-        """The pages of all factors of one width ``[pages, 16, width]``, in order, read-only."""
-        num_pages = sum(pages_of_rank(len(factor.rows)) for factor in factors)
+    def _pack_pages(
+        self, adapter: Adapter, factors: Sequence["_Factor"], num_pages: int, width: int
+    ) -> np.ndarray:
+        """The pages of all factors of one width ``[pages, 16, width]``, read-only."""
         packed = np.zeros((num_pages * PAGE_ROWS, width), self.dtype)
-        start = 0
-        for factor in factors:
-            rank = len(factor.rows)
-            with np.errstate(over="ignore", invalid="ignore"):
-                rows = factor.rows.astype(self.dtype)
-            # After the cast: a number may be finite in the file and overflow in the pool's dtype.
-            if not np.isfinite(rows).all():
-                raise AdapterError(
-                    f"{_describe(adapter, factor.target)}: {'AB'[factor.side]} has numbers that "
-                    f"are not finite in {self.dtype}"
-                )
-            packed[start : start + rank] = rows
-            start += pages_of_rank(rank) * PAGE_ROWS
+
+        def pack(some: Sequence[_Factor]) -> None:
+            for factor in some:
+                with np.errstate(over="ignore", invalid="ignore"):
+                    rows = factor.rows.astype(self.dtype)
+                # After the cast: what is finite in the file may overflow in the pool's dtype.
+                if not np.isfinite(rows).all():
+                    raise AdapterError(
+                        f"{_describe(adapter, factor.target)}: {'AB'[factor.side]} has numbers "
+                        f"that are not finite in {self.dtype}"
+                    )
+                start = factor.first_page * PAGE_ROWS
+                packed[start : start + len(rows)] = rows
+
+        with ThreadPoolExecutor() as threads:
+            list(threads.map(pack, itertools.batched(factors, _FACTORS_PER_TASK)))
         packed.flags.writeable = False
         return packed.reshape(num_pages, PAGE_ROWS, width)
 
@@ -619,11 +630,19 @@ class PagePool:
 
 
 class _Factor(NamedTuple):
-    """A factor to be packed: its rank rows ``[rank, width]``, and the first update that has it."""
+    """A factor to be packed.
+
+    Attributes:
+        rows: its rank rows ``[rank, width]``.
+        target: the first update that has it.
+        side: ``_A`` or ``_B``.
+        first_page: number of the page where it begins.
+    """
 
     rows: np.ndarray
     target: Target
     side: int
+    first_page: int
 
 
 def _empty_table(

@@ -30,8 +30,10 @@ PEFT saves the base model's matrix (``base_layer.weight``) beside the factors of
 head. These copies are kept for whoever knows the model to compare.
 """
 
+import itertools
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple, NoReturn
@@ -59,6 +61,9 @@ from moelora_jax.safetensors_file import SafetensorsFile
 __all__ = ["QWEN3_MOE_NAMES", "ModuleNames", "read_adapter"]
 
 _WEIGHTS = "adapter_model.safetensors"
+
+# Tensors that a thread looks at before it takes others.
+_TENSORS_PER_TASK = 32
 
 _FACTOR = re.compile(
     r"(?:base_model\.model\.)?(?P<module>.+)\.lora_(?P<embedding>embedding_)?(?P<factor>[AB])"
@@ -224,10 +229,11 @@ class _Reader:
             self._check_shapes(change, layout)
         absent = {place.module for place in places.values() if not place.layouts}
         self.config.check_targets({change.name for change in changes} | absent)
+        factors = self._factors(changes)
         updates: dict[Target, LowRankUpdate] = {}
         tensors: dict[Target, str] = {}
         for change, layout in layouts.items():
-            for target, update in self._updates(change, layout):
+            for target, update in self._updates(change, layout, factors):
                 if target in updates:
                     self._fail(change.pair.a, f"changes the same as {tensors[target]!r}: {target}")
                 updates[target], tensors[target] = update, change.pair.a
@@ -453,14 +459,24 @@ class _Reader:
 
     # From changes to arrays.
 
+    def _factors(self, changes: Sequence[_Change]) -> dict[str, np.ndarray]:
+        """The tensors of all changes by name."""
+        names = [name for change in changes for name in (change.pair.a, change.pair.b)]
+
+        def read(some: Sequence[str]) -> dict[str, np.ndarray]:
+            return {name: self._factor(name) for name in some}
+
+        # Looking at all numbers is most of the work; one tensor may have too few for a task.
+        with ThreadPoolExecutor() as threads:
+            parts = threads.map(read, itertools.batched(names, _TENSORS_PER_TASK))
+            return {name: factor for part in parts for name, factor in part.items()}
+
     def _updates(
-        self, change: _Change, layout: FactorLayout
+        self, change: _Change, layout: FactorLayout, factors: Mapping[str, np.ndarray]
     ) -> Iterator[tuple[Target, LowRankUpdate]]:
-        """Read both factors and take them apart by expert and by site."""
+        """Take both factors apart by expert and by site."""
         scaling = self.config.scaling_of(change.name)
-        a, b = layout.take_apart(
-            self._factor(change.pair.a), self._factor(change.pair.b), change.sizes
-        )
+        a, b = layout.take_apart(factors[change.pair.a], factors[change.pair.b], change.sizes)
         each_a = _of_each_expert(a, change)
         for site, rows in zip(change.sites, self._rows(change.sites), strict=True):
             each_b = _of_each_expert(b[:, rows], change)
