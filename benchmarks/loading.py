@@ -9,7 +9,6 @@ batch that is generated, and the device's memory beside what ``moelora plan`` sa
 import argparse
 import json
 import os
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from benchmarks.results_file import how_made, write
 from moelora_jax import LLM, BucketConfig, CacheConfig, LoraConfig, Prompt, RuntimeConfig
 from moelora_jax.engine.memory import plan_memory
 from moelora_jax.models import read_model_config
@@ -43,8 +43,7 @@ def main() -> None:
     planned = plan_memory(family, config, runtime, jnp.bfloat16)
     files = [*model.glob("*.safetensors")]
     report: dict[str, Any] = {
-        "date": time.strftime("%Y-%m-%d"),
-        "command": " ".join(["python -m benchmarks.loading", *sys.argv[1:]]),
+        **how_made(),
         "setup": backend.describe(),
         "cores": os.cpu_count(),
         "model": config.architecture,
@@ -93,8 +92,7 @@ def main() -> None:
         report["in_use_over_plan"] = memory["bytes_in_use"] / standing - 1
         report["peak_over_plan"] = memory["peak_bytes_in_use"] / planned.total - 1
     print(json.dumps(report, indent=1))
-    if options.json:
-        options.json.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    write(report, options.json)
 
 
 if __name__ == "__main__":

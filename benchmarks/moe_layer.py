@@ -28,6 +28,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from benchmarks.device import Device
+from benchmarks.results_file import how_made, write
 from benchmarks.workload import MODELS, Point, Workload, anchor_of, anchors, auto_adapters
 from moelora_jax.moe import MoeWorkspace, moe_experts, moe_lora
 from moelora_kernels import backend
@@ -293,13 +294,12 @@ def write_report(rows: list[dict[str, Any]], file: Path) -> None:
     report = {
         "device": jax.devices()[0].device_kind,
         "setup": backend.describe(),
-        "date": time.strftime("%Y-%m-%d"),
-        "command": "python -m benchmarks.moe_layer " + " ".join(sys.argv[1:]),
+        **how_made(),
         "rows": sorted(
             rows, key=lambda row: (row["model"], row["layout"], row["rank"], row["tokens"])
         ),
     }
-    file.write_text(json.dumps(report, indent=1) + "\n")
+    write(report, file)
 
 
 def run_workers(points: Sequence[Point], arguments: argparse.Namespace) -> Iterator[dict[str, Any]]:

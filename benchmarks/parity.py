@@ -27,6 +27,7 @@ from benchmarks.random_files import (
     write_checkpoint,
     write_shared_outer,
 )
+from benchmarks.results_file import how_made, write
 from moelora_jax.models import family_of
 
 #: Layers to run. gpt-oss has two kinds of attention, DeepSeek a dense first layer.
@@ -138,15 +139,9 @@ def main() -> None:
         except Exception:
             traceback.print_exc()
             reports[name] = {"model": name, "error": traceback.format_exc()[-2000:]}
-        if options.json:
-            packages = ("jax", "torch", "transformers", "peft")
-            head = {
-                "date": time.strftime("%Y-%m-%d"),
-                "command": " ".join(["python -m benchmarks.parity", *sys.argv[1:]]),
-                "versions": {package: version(package) for package in packages},
-            }
-            text = json.dumps(head | {"models": list(reports.values())}, indent=1)
-            options.json.write_text(text + "\n", encoding="utf-8")
+        versions = {name: version(name) for name in ("jax", "torch", "transformers", "peft")}
+        models = list(reports.values())
+        write({**how_made(), "versions": versions, "models": models}, options.json)
 
     names = options.models.split(",")
     unknown = set(names) - set(MODELS)

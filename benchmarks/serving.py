@@ -30,6 +30,8 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from benchmarks.results_file import how_made, write
+
 ADMIN_KEY = "sk-admin-of-the-benchmark"
 MOELORA = [sys.executable, "-c", "from moelora_jax.cli import app; app()"]
 #: Metrics that must be 0 in the end.
@@ -224,8 +226,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     report: dict[str, Any] = {
-        "date": time.strftime("%Y-%m-%d"),
-        "command": " ".join(["python -m benchmarks.serving", *sys.argv[1:]]),
+        **how_made(),
         "versions": {name: _version(name) for name in ("jax", "jax-triton", "triton")},
         "adapters": len(list((options.folder / "adapters").iterdir())),
     }
@@ -240,8 +241,7 @@ def main() -> None:
                 )
                 if start == 0:
                     report |= measure(server, options, folder)
-            if options.json:
-                options.json.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+            write(report, options.json)
     shown = ("starts", "churn", "metrics", "problems")
     print(json.dumps({name: report[name] for name in shown}, indent=1))
     if report["problems"]:

@@ -10,7 +10,6 @@ still tells what it found.
 """
 
 import argparse
-import json
 import os
 import re
 import statistics
@@ -32,6 +31,7 @@ import numpy as np
 from flax import nnx
 
 from benchmarks.device import Device
+from benchmarks.results_file import how_made, write
 from benchmarks.workload import PEAK_BYTES
 from moelora_jax import LLM, BucketConfig, CacheConfig, LoraConfig, Prompt, RuntimeConfig
 from moelora_jax.adapters.adapter import Adapter, LowRankUpdate, Target
@@ -261,8 +261,7 @@ class Report:
 
     def __setitem__(self, name: str, value: Any) -> None:
         self.values[name] = value
-        if self._file:
-            self._file.write_text(json.dumps(self.values, indent=1) + "\n")
+        write(self.values, self._file)
 
     def add(self, name: str, row: dict[str, Any]) -> None:
         self[name] = [*self.values.get(name, []), row]
@@ -452,7 +451,7 @@ def main() -> None:
     if "serve" in options.parts.split(",") and options.position <= STEPS:
         parser.error(f"--position must be above {STEPS}, the steps that are timed while serving")
     report = Report(options.json, options.seconds)
-    report["setup"], report["date"] = backend.describe(), time.strftime("%Y-%m-%d")
+    report.values |= {"setup": backend.describe(), **how_made()}
     report["options"] = {name: str(value) for name, value in vars(options).items()}
     parts = options.parts.split(",")
     names = [f"adapter{number}" for number in range(options.adapters)]

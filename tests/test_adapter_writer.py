@@ -1,5 +1,6 @@
 """Adapter folders that are written: they read back bit by bit, here and in PEFT."""
 
+import inspect
 import json
 import warnings
 from collections.abc import Sequence
@@ -17,7 +18,7 @@ from moelora_jax.adapters.module_names import QWEN3_MOE_NAMES, ModuleNames
 from moelora_jax.adapters.reader import read_adapter
 from moelora_jax.adapters.writer import Layout, save_adapter
 from moelora_jax.config import ModelConfig
-from moelora_jax.errors import AdapterError
+from moelora_jax.errors import AdapterError, LayoutError
 from moelora_jax.models import FAMILIES
 from tests.adapter_files import ATTENTION, EXPERTS, tiny_model_config, tiny_torch_model
 from tests.test_families import TESTED, raw_config, torch_model
@@ -91,6 +92,13 @@ def test_reads_back_bit_by_bit(
     assert read.updates.keys() == adapter.updates.keys()
     expected = {"linear"} if sites == ATTENTION else {layout, "linear"}
     assert set(read.layout.split("+")) == (expected if sites != EXPERTS else {layout})
+
+
+def test_an_unknown_layout_is_refused(tmp_path: Path) -> None:
+    save = inspect.unwrap(save_adapter)  # Without the tests' own checks of types.
+    with pytest.raises(LayoutError, match="'stacked' is not one of per_expert, peft_fused"):
+        save(tmp_path / "new", make_adapter(), CONFIG.lora_sites(), layout="stacked")
+    assert not (tmp_path / "new").exists()
 
 
 @pytest.mark.parametrize("dtype", [np.float16, np.float32, np.float64, ml_dtypes.bfloat16])

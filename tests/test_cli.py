@@ -448,7 +448,18 @@ def test_missing_files(folder: Path, tmp_path: Path, rows: Path) -> None:
     message = error("score", "--model", model, "--input", rows, *output)
     assert f"there is no folder {missing}" in message
     assert f"{missing}/adapter_config.json" in error("inspect", missing)
+    adapters = folder / "adapters"
+    message = error("generate", "--model", adapters, "--input", rows)
+    assert message == f"error: {adapters}/config.json: no such file; is this a checkpoint folder?"
     assert not missing.exists()
+
+
+def test_serve_refuses_a_rank_before_it_loads_the_model(folder: Path) -> None:
+    adapter = ("--adapter", f"a={folder}/adapters/experts-r24")
+    result = run("serve", "--model", folder / "model", *adapter, "--max-rank", 16, "--port", 0)
+    assert result.exit_code == 1
+    assert result.stderr.endswith("error: --adapter a: rank 24 is above --max-rank 16\n")
+    assert "Loading model" not in result.stderr
 
 
 @pytest.mark.parametrize(

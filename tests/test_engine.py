@@ -1,5 +1,6 @@
 """The whole path on a tiny random model: isolation, static shapes, splitting, and bad input."""
 
+import inspect
 from collections.abc import Iterator
 from concurrent.futures import Future
 
@@ -183,6 +184,12 @@ def test_stop_tokens_end_a_completion(llm: LLM) -> None:
     stopped = llm.generate([Prompt([1, 2, 3])], max_new_tokens=6, stop_tokens=[tokens[2]])[0]
     assert stopped.finish_reason == "stop"
     assert stopped.tokens == tokens[: tokens.index(tokens[2]) + 1]
+
+
+def test_a_row_that_is_no_prompt_is_refused(llm: LLM) -> None:
+    sequences = inspect.unwrap(LLM._sequences)  # Without the tests' own checks of types.
+    with pytest.raises(RequestError, match=r"row 1: is of type list; write Prompt\(tokens, ad"):
+        sequences(llm, [Prompt([1]), [1, 2]], 0, Sampling(), frozenset())
 
 
 @pytest.mark.parametrize(

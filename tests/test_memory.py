@@ -76,7 +76,9 @@ def test_the_cache_gets_what_is_left() -> None:
     assert blocks(plan.total - (full - least) * block) == least
     with pytest.raises(CapacityError, match="device memory are too few") as error:
         blocks(plan.total - (full - least) * block - 1)
-    assert f"{plan.total - (full - least) * block:,} are the least" in str(error.value)
+    message = str(error.value)
+    assert f"{plan.total - (full - least) * block:,} are the least: weights" in message
+    assert f"max_length {runtime.cache.max_length} {least * block:,};" in message
 
 
 def test_plan_prints_it_without_weights(tmp_path: Path) -> None:
@@ -92,7 +94,9 @@ def test_plan_prints_it_without_weights(tmp_path: Path) -> None:
     done = CliRunner().invoke(app, options)
     assert f"{total:,}" in done.output and "1,024 blocks" in done.output
     small = CliRunner().invoke(app, [*options, "--memory-fraction", "0.02"])
-    assert small.exit_code == 1 and "are too few" in small.output
+    assert small.exit_code == 1 and "2,000,000 bytes of device memory are too few" in small.output
+    small_letters = CliRunner().invoke(app, [*options, "--gpu-memory", "100mb", "--json"])
+    assert json.loads(small_letters.output)["budget"] == 90_000_000
     wrong = CliRunner().invoke(app, ["plan", "--model", str(tmp_path), "--gpu-memory", "lots"])
     assert wrong.exit_code == 1 and "--gpu-memory lots" in wrong.output
 

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from math import sqrt
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, NoReturn
+from typing import Any, Literal, NamedTuple, NoReturn, get_args
 
 import numpy as np
 from safetensors.numpy import save_file
@@ -18,7 +18,7 @@ from safetensors.numpy import save_file
 from moelora_jax.adapters.adapter import Adapter, LowRankUpdate, Target
 from moelora_jax.adapters.module_names import QWEN3_MOE_NAMES, ModuleNames
 from moelora_jax.config import LoraSite
-from moelora_jax.errors import AdapterError
+from moelora_jax.errors import AdapterError, LayoutError
 from moelora_jax.files import new_folder
 from moelora_jax.safetensors_file import FLOAT_DTYPES
 
@@ -108,10 +108,13 @@ def save_adapter(
         base_model: name or path of the base model, which other tools show to their users.
 
     Raises:
+        LayoutError: the layout is none that can be written.
         AdapterError: the folder is not empty; the adapter changes nothing, contradicts the sites or
             is not finite; or experts of one layer differ in scaling or dtype, and the layout is
             ``peft_fused``.
     """
+    if layout not in get_args(Layout):
+        raise LayoutError(f"layout {layout!r} is not one of {', '.join(get_args(Layout))}")
     _check(adapter, sites)
     writer = _Writer(adapter, {site.name: site for site in sites}, module_names)
     modules = writer.modules(layout)

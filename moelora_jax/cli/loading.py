@@ -19,6 +19,7 @@ from moelora_jax.cli.sizes import device_memory, serving_runtime
 from moelora_jax.config import LoraSite
 from moelora_jax.engine.llm import LLM, Prompt, default_dtype
 from moelora_jax.engine.memory import fit_cache
+from moelora_jax.errors import CapacityError
 from moelora_jax.models import ModelFamily, read_model_config
 from moelora_jax.models.tokenizer import read_tokenizer
 
@@ -88,7 +89,9 @@ def read_adapters(
     folders: Mapping[str, AdapterFolder], sites: Sequence[LoraSite], family: ModelFamily
 ) -> dict[str, Adapter]:
     """Read and check adapter folders, with a progress bar."""
-    adapters = {}
+    adapters: dict[str, Adapter] = {}
+    if not folders:
+        return adapters
     with progress_bar("Reading adapters") as bar:
         for name, (folder, layout) in bar.track(folders.items()):
             with layout_errors_name(f"--layout {name}=LAYOUT"):
@@ -121,6 +124,11 @@ def load_for_serving(
     """
     family, config = read_model_config(model)
     loaded = read_adapters(folders, config.lora_sites(), family)
+    for name, adapter in loaded.items():
+        if adapter.max_rank > max_rank:
+            raise CapacityError(
+                f"--adapter {name}: rank {adapter.max_rank} is above --max-rank {max_rank}"
+            )
     # JAX reads this when it first uses a GPU; what the user has set stays.
     os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", str(memory_fraction))
     runtime = serving_runtime(

@@ -24,7 +24,7 @@ from moelora_jax.engine.memory import fit_cache, plan_memory
 from moelora_jax.errors import RequestError
 from moelora_jax.models import read_model_config
 
-_UNITS = {"": 1, "kB": 10**3, "MB": 10**6, "GB": 10**9, "MiB": 2**20, "GiB": 2**30}
+_UNITS = {"": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "mib": 2**20, "gib": 2**30}
 
 
 def plan(
@@ -82,12 +82,12 @@ def plan(
 
 
 def parse_bytes(size: str) -> int:
-    """Bytes from ``141GB``, ``80GiB`` or a plain number.
+    """Bytes from ``141GB``, ``80gib`` or a plain number.
 
     Raises:
         RequestError: it is not of that form.
     """
-    match = re.fullmatch(r"(\d+(?:\.\d+)?) ?([kMG]i?B)?", size)
-    if not match or (match[2] or "") not in _UNITS:
+    match = re.fullmatch(r"(\d+(?:\.\d+)?) ?([a-z]*)", size.lower())
+    if not match or match[2] not in _UNITS:
         raise RequestError(f"--gpu-memory {size}: write a size such as 141GB or 80GiB")
-    return int(float(match[1]) * _UNITS[match[2] or ""])
+    return int(float(match[1]) * _UNITS[match[2]])

@@ -154,49 +154,49 @@ def serve(
         raise MoeLoraError(f"--adapter {name}: is what the base model is called; rename one")
     keys = _keys(api_key or [], api_keys_file, admin_key)
     root = None if adapter_root is None else AdapterRoot(adapter_root)
-    socket = serve.bind(host, port)
-    _, config = read_model_config(model)
-    text_model = TextModel.load(model, config.eos_tokens, chat_template=chat_template)
-    llm = load_for_serving(
-        model,
-        folders,
-        with_lora=bool(folders) or root is not None,
-        dtype=dtype,
-        memory_fraction=memory_fraction,
-        max_length=max_length,
-        max_running=max_running,
-        max_batch_tokens=max_batch_tokens,
-        kv_blocks=kv_blocks,
-        max_adapters=max_adapters,
-        max_rank=max_rank,
-        pool_rank=pool_rank,
-        optional_sites=optional_site or (),
-    )
-    engine = AsyncEngine(llm, max_waiting=max_waiting)
-    service = app.Service(
-        engine,
-        text_model,
-        app.ServerConfig(
-            model_name=name,
-            limits=Limits(llm.runtime.cache.max_length, request_timeout),
-            vocab_size=config.vocab_size,
-            keys=keys,
-            adapter_root=root,
-            max_body_bytes=max_body_bytes,
-        ),
-    )
-    if not api_key and api_keys_file is None and not _is_loopback(host):
-        typer.echo(
-            f"WARNING: everyone who reaches {host} may use this server: set --api-key", err=True
+    with serve.bind(host, port) as socket:
+        _, config = read_model_config(model)
+        text_model = TextModel.load(model, config.eos_tokens, chat_template=chat_template)
+        llm = load_for_serving(
+            model,
+            folders,
+            with_lora=bool(folders) or root is not None,
+            dtype=dtype,
+            memory_fraction=memory_fraction,
+            max_length=max_length,
+            max_running=max_running,
+            max_batch_tokens=max_batch_tokens,
+            kv_blocks=kv_blocks,
+            max_adapters=max_adapters,
+            max_rank=max_rank,
+            pool_rank=pool_rank,
+            optional_sites=optional_site or (),
         )
-    engine.start()
-    shown = f"[{host}]" if ":" in host else host
-    server = serve.Server(
-        service,
-        drain_seconds=drain_timeout,
-        announcement=f"Serving {name} on http://{shown}:{socket.getsockname()[1]}",
-    )
-    server.run([socket])
+        engine = AsyncEngine(llm, max_waiting=max_waiting)
+        service = app.Service(
+            engine,
+            text_model,
+            app.ServerConfig(
+                model_name=name,
+                limits=Limits(llm.runtime.cache.max_length, request_timeout),
+                vocab_size=config.vocab_size,
+                keys=keys,
+                adapter_root=root,
+                max_body_bytes=max_body_bytes,
+            ),
+        )
+        if not api_key and api_keys_file is None and not _is_loopback(host):
+            typer.echo(
+                f"WARNING: everyone who reaches {host} may use this server: set --api-key", err=True
+            )
+        engine.start()
+        shown = f"[{host}]" if ":" in host else host
+        server = serve.Server(
+            service,
+            drain_seconds=drain_timeout,
+            announcement=f"Serving {name} on http://{shown}:{socket.getsockname()[1]}",
+        )
+        server.run([socket])
 
 
 def _keys(api_keys: list[str], file: Path | None, admin_key: str | None) -> "Keys":

@@ -322,6 +322,10 @@ class LLM:
             raise RequestError("the batch is empty: give at least one prompt")
         sequences = []
         for row, prompt in enumerate(prompts):
+            if not isinstance(prompt, Prompt):
+                raise RequestError(
+                    f"row {row}: is of type {type(prompt).__name__}; write Prompt(tokens, adapter)"
+                )
             try:
                 tokens = check_tokens(
                     prompt.tokens, max_new_tokens, self.config, self.runtime.cache

@@ -66,11 +66,16 @@ def fit_cache(
     least = runtime.cache.blocks_per_sequence + 1
     if room < least:
         needed = plan.total - plan.kv_cache + plan.kv_cache // blocks * least
-        sizes = ", ".join(f"{name.replace('_', ' ')} {size:,}" for name, size in plan if size)
+        sizes = ", ".join(
+            f"{name.replace('_', ' ')} {size:,}"
+            for name, size in plan
+            if size and name != "kv_cache"
+        )
         raise CapacityError(
-            f"{budget:,} bytes of device memory are too few, {needed:,} are the least: without "
-            f"cache {plan.total - plan.kv_cache:,} ({sizes}), and one sequence of max_length "
-            f"{runtime.cache.max_length}; lower pool_rank, max_adapters, the buckets or max_length"
+            f"{budget:,} bytes of device memory are too few, {needed:,} are the least: {sizes}, "
+            f"and the cache of one sequence of max_length {runtime.cache.max_length} "
+            f"{needed - plan.total + plan.kv_cache:,}; lower pool_rank, max_adapters, the buckets "
+            "or max_length"
         )
     return replace(runtime, cache=replace(runtime.cache, num_blocks=min(blocks, room)))
 

@@ -190,7 +190,10 @@ def read_config(folder: str | Path) -> dict[str, Any]:
     Raises:
         CheckpointError: if the folder or the file is missing, or does not hold one JSON object.
     """
-    return _read_json_object(_existing_folder(folder) / _CONFIG)
+    path = _existing_folder(folder) / _CONFIG
+    if not path.exists():
+        raise CheckpointError(f"{path}: no such file; is this a checkpoint folder?")
+    return _read_json_object(path)
 
 
 def load_parameters(
@@ -406,7 +409,10 @@ def _parameter_dtype(dtype: DTypeLike) -> np.dtype:
 def _existing_folder(folder: str | Path) -> Path:
     folder = Path(folder)
     if not folder.is_dir():
-        raise CheckpointError(f"{folder}: no such folder")
+        raise CheckpointError(
+            f"{folder}: no such folder; a checkpoint of the Hugging Face Hub must be downloaded "
+            "before: hf download NAME --local-dir FOLDER"
+        )
     return folder
 
 
