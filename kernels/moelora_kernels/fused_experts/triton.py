@@ -243,7 +243,6 @@ def layer_in_one_launch(
     EXPERTS_POW2: tl.constexpr,
     KEY_STRIDE: tl.constexpr,
     SORT_BLOCK: tl.constexpr,
-    SORT_CHUNK: tl.constexpr,
 ):
     """The task of each program follows from its number."""
     # Programs that have left, and programs that are done with each task.
@@ -263,7 +262,7 @@ def layer_in_one_launch(
             program, experts_ptr, adapters_ptr, num_tokens_ptr,
             order_ptr, row_of_pair_ptr, tiles_ptr, group_ptr,
             PAIRS, TOP_K, NUM_EXPERTS, NUM_ADAPTERS, TILE_ROWS, NUM_TILES, EXPERTS_POW2,
-            KEY_STRIDE, SORT_BLOCK, SORT_CHUNK,
+            KEY_STRIDE, SORT_BLOCK,
         )  # fmt: skip
         signal(sorted_ptr)
     elif program < GATE_UP_SHRUNK:

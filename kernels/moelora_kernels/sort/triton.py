@@ -50,7 +50,7 @@ def sort_tokens(
         pairs, top_k, num_experts, num_adapters, tile_rows, num_tiles
     )
     if pairs <= MAX_COUNTED_PAIRS and (groups + 1) * constants["KEY_STRIDE"] < 2**31:
-        num_warps = 8 if constants["SORT_CHUNK"] == 1024 else 4
+        num_warps = 8 if constants["KEY_STRIDE"] >= 1024 else 4
         how = Launch((programs,), num_warps=num_warps)
         results = launch(sort_by_counting, inputs, outputs, refs, how, **constants)
     else:
@@ -96,7 +96,6 @@ def counting_constants(
     pairs: int, top_k: int, num_experts: int, num_adapters: int, tile_rows: int, num_tiles: int
 ) -> tuple[dict[str, int], int]:
     """Compile-time parameters of the sort by counting, and how many programs it needs."""
-    key_stride = triton.next_power_of_2(pairs)
     block = 16
     return {
         "PAIRS": pairs,
@@ -106,9 +105,8 @@ def counting_constants(
         "TILE_ROWS": tile_rows,
         "NUM_TILES": num_tiles,
         "EXPERTS_POW2": max(triton.next_power_of_2(num_experts), 16),
-        "KEY_STRIDE": key_stride,
+        "KEY_STRIDE": max(triton.next_power_of_2(pairs), block),
         "SORT_BLOCK": block,
-        "SORT_CHUNK": min(max(key_stride, 16), 1024),
     }, triton.cdiv(pairs, block) + 1
 
 
@@ -125,11 +123,12 @@ def group_of_pairs(
 ):
     """Expert and adapter of each pair as one number that sorts like them; LAST for padding."""
     token = pair // TOP_K
-    real = (pair < PAIRS) & (token < num_tokens)
-    group = tl.load(experts_ptr + pair, mask=real, other=0) * (NUM_ADAPTERS + 1)
+    inside = pair < PAIRS
+    # Padding is loaded, too, so that no load waits for ``num_tokens``.
+    group = tl.load(experts_ptr + pair, mask=inside, other=0) * (NUM_ADAPTERS + 1)
     if adapters_ptr is not None:
-        group += tl.load(adapters_ptr + token, mask=real, other=-1) + 1
-    return tl.where(real, group, LAST)
+        group += tl.load(adapters_ptr + token, mask=inside, other=-1) + 1
+    return tl.where(inside & (token < num_tokens), group, LAST)
 
 
 @triton.jit
@@ -187,14 +186,13 @@ def sort_by_counting(
     EXPERTS_POW2: tl.constexpr,
     KEY_STRIDE: tl.constexpr,
     SORT_BLOCK: tl.constexpr,
-    SORT_CHUNK: tl.constexpr,
 ):
     """See :func:`count_and_place`."""
     count_and_place(
         tl.program_id(0), experts_ptr, adapters_ptr, num_tokens_ptr,
         order_ptr, row_of_pair_ptr, tiles_ptr, group_of_row_ptr,
         PAIRS, TOP_K, NUM_EXPERTS, NUM_ADAPTERS, TILE_ROWS, NUM_TILES, EXPERTS_POW2, KEY_STRIDE,
-        SORT_BLOCK, SORT_CHUNK,
+        SORT_BLOCK,
     )  # fmt: skip
 
 
@@ -217,37 +215,29 @@ def count_and_place(
     EXPERTS_POW2: tl.constexpr,
     KEY_STRIDE: tl.constexpr,
     BLOCK: tl.constexpr,
-    CHUNK: tl.constexpr,
 ):
     """Programs place ``BLOCK`` pairs each; the first writes the tile map instead."""
     LAST: tl.constexpr = NUM_EXPERTS * (NUM_ADAPTERS + 1)
     num_tokens = tl.load(num_tokens_ptr)
-    chunk = tl.arange(0, CHUNK)
+    # Not in parts: a sum over parts takes as many registers as all comparisons of one.
+    every = tl.arange(0, KEY_STRIDE)
     if program == 0:
-        counts = tl.zeros([EXPERTS_POW2], tl.int32)
-        for start in range(0, PAIRS, CHUNK):
-            pair = start + chunk
-            real = (pair < PAIRS) & (pair // TOP_K < num_tokens)
-            expert = tl.load(experts_ptr + pair, mask=real, other=0)
-            counts += tl.histogram(expert, EXPERTS_POW2, mask=real)
+        inside = every < PAIRS
+        expert = tl.load(experts_ptr + every, mask=inside, other=0)
+        real = inside & (every // TOP_K < num_tokens)
+        counts = tl.histogram(tl.where(real, expert, 0), EXPERTS_POW2, mask=real)
         write_expert_tiles(counts, tiles_ptr, NUM_EXPERTS, TILE_ROWS, NUM_TILES, EXPERTS_POW2)
     else:
         pair = (program - 1) * BLOCK + tl.arange(0, BLOCK)
         group = group_of_pairs(
             pair, experts_ptr, adapters_ptr, num_tokens, PAIRS, TOP_K, NUM_ADAPTERS, LAST
         )
-        # The pair breaks ties, which makes the sort stable.
-        key = group * KEY_STRIDE + pair
-        before = tl.zeros([BLOCK, CHUNK], tl.int32)
-        for start in range(0, PAIRS, CHUNK):
-            other = start + chunk
-            other_group = group_of_pairs(
-                other, experts_ptr, adapters_ptr, num_tokens, PAIRS, TOP_K, NUM_ADAPTERS, LAST
-            )
-            # Numbers past the last pair must not count, nor overflow.
-            other_key = tl.where(other < PAIRS, other_group * KEY_STRIDE + other, 2147483647)
-            before += (other_key[None, :] < key[:, None]).to(tl.int32)
-        row = tl.sum(before, 1)
+        every_group = group_of_pairs(
+            every, experts_ptr, adapters_ptr, num_tokens, PAIRS, TOP_K, NUM_ADAPTERS, LAST
+        )
+        # The pair breaks ties, which makes the sort stable. What is past the last pair comes last.
+        key, every_key = group * KEY_STRIDE + pair, every_group * KEY_STRIDE + every
+        row = tl.sum((every_key[None, :] < key[:, None]).to(tl.int32), 1)
         num_rows = num_tokens * TOP_K
         write_pairs(pair, row, group, num_rows, order_ptr, row_of_pair_ptr, group_of_row_ptr, PAIRS)
 
