@@ -367,6 +367,8 @@ def test_logprobs_end_where_the_text_does(client: OpenAI) -> None:
         ({"suffix": "end"}, "suffix", "unsupported_parameter"),
         ({"logit_bias": {"5": 1}}, "logit_bias", "unsupported_parameter"),
         ({"frequency_penalty": 0.5}, "frequency_penalty", "unsupported_parameter"),
+        ({"repetition_penalty": 1.1}, "repetition_penalty", "unsupported_parameter"),
+        ({"skip_special_tokens": False}, "skip_special_tokens", "unsupported_parameter"),
         ({"tools": [{"type": "function"}]}, "tools", "unsupported_parameter"),
         ({"temprature": 0}, "temprature", "unknown_parameter"),
         ({"messages": []}, "messages", "unknown_parameter"),
@@ -431,6 +433,7 @@ def test_bad_chats_are_named(server: Served, values: dict[str, Any], param: str)
 def test_what_asks_for_nothing_is_accepted(server: Served) -> None:
     neutral = {
         "frequency_penalty": 0, "presence_penalty": 0.0, "logit_bias": {}, "suffix": None,
+        "repetition_penalty": 1.0, "min_p": 0.0, "min_tokens": 0, "skip_special_tokens": True,
         "best_of": 1, "user": "me", "metadata": {"a": "b"}, "store": False, "service_tier": "auto",
         "stop": None, "seed": None, "logprobs": None, "top_k": -1, "response_format": None,
     }  # fmt: skip

@@ -21,20 +21,26 @@ _WITHOUT_EFFECT = {
     "user",
 }
 
-#: Parameters that are not supported, with the values that ask for nothing.
+#: Parameters that are not supported, of OpenAI and of vLLM, with the values that ask for nothing:
+#: clients and load tests send these.
 _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "audio": (),
     "frequency_penalty": (0,),
     "function_call": ("none",),
     "functions": ([],),
     "logit_bias": ({},),
+    "min_p": (0,),
+    "min_tokens": (0,),
     "modalities": (["text"],),
     "moderation": (),
     "prediction": (),
     "presence_penalty": (0,),
+    "priority": (0,),
     "reasoning_effort": (),
+    "repetition_penalty": (1,),
     "response_format": ({"type": "text"},),
     "service_tier": ("auto", "default"),
+    "skip_special_tokens": (True,),
     "store": (False,),
     "suffix": ("",),
     "tool_choice": ("none", "auto"),
