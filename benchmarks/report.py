@@ -126,7 +126,8 @@ def main() -> None:
     text = DOCUMENT.read_text(encoding="utf-8")
     before, rest = text.split(BEGIN)
     after = rest.split(END)[1]
-    origin = f"{results['setup']}; {results['date']}; `{results['command']}`"
+    origin = f"`{arguments.results.name}`: {results['setup']}; {results['date']}; "
+    origin += f"`{results['command']}`"
     lines = [BEGIN, "", origin, "", *summary(rows), "", *table(rows), "", END]
     DOCUMENT.write_text(before + "\n".join(lines) + after, encoding="utf-8")
     if arguments.plot:
