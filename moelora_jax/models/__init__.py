@@ -171,7 +171,10 @@ def load_model(
 def convert_checkpoint(
     source: str | Path, destination: str | Path, dtype: DTypeLike, *, progress: bool = False
 ) -> None:
-    """Write a copy of a checkpoint in the stacked form that the models use, which loads faster.
+    """Write a copy of a checkpoint with orbax, in the stacked form that the models use.
+
+    Other programs in JAX can read it. It does not load faster: on two cores, 2.7 GB took 8 s from
+    the files of transformers and 37 s from the copy.
 
     Args:
         source: a checkpoint folder of transformers.

@@ -1,4 +1,4 @@
-"""Checkpoints of base models: Hugging Face folders, and a converted copy that starts faster.
+"""Checkpoints of base models: Hugging Face folders, and copies that orbax writes.
 
 A model keeps its weights stacked: one array holds a projection of all layers, another all routed
 experts. Hugging Face stores one tensor per layer and expert. A table of :class:`Parameter` says how
@@ -206,8 +206,8 @@ def load_parameters(
 ) -> dict[str, jax.Array]:
     """Load a Hugging Face checkpoint of safetensors files onto the default device.
 
-    Tensors are read one by one and cast on the host. A parameter goes to the device in stages of
-    a few leading rows, so that host memory holds one stage and one tensor, however large the model.
+    Tensors are read one by one; the device casts them and puts them in their places. Host memory
+    holds a few of them, however large the model.
 
     Args:
         folder: holds ``model.safetensors``, or shards and their ``model.safetensors.index.json``.
