@@ -5,6 +5,7 @@ import re
 import shlex
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -160,6 +161,11 @@ def test_keys_have_no_spaces(folder: Path, flag: str, key: str) -> None:
     assert message.endswith("a key must not be empty, nor contain spaces")
 
 
+def test_a_root_needs_a_key(folder: Path) -> None:
+    message = error("serve", "--model", folder / "model", "--adapter-root", folder / "adapters")
+    assert message.endswith("nobody may load without --admin-key")
+
+
 def test_bench_serve_measures_an_engine(folder: Path, tmp_path: Path) -> None:
     """What it measures of a server is in test_load_test.py."""
     output = tmp_path / "out.json"
@@ -311,10 +317,16 @@ def test_derived_pools_hold_any_choice_of_adapters(folder: Path) -> None:
 
 def test_version_and_help() -> None:
     assert run("--version").stdout.startswith("moelora ")
-    for command in ("demo", "score", "generate", "inspect", "convert"):
-        result = run(command, "--help")
+    commands: dict[str, Any] = get_command(app).commands  # type: ignore[attr-defined]
+    assert len(commands) == 9
+    for name, command in commands.items():
+        result = run(name, "--help")
         assert result.exit_code == 0
-        assert f"moelora {command}" in result.stdout
+        # Line by line as they are written, so that they can be copied into a shell.
+        shown = [line.strip() for line in result.stdout.splitlines()]
+        fence = command.epilog.split("```")[1]
+        assert fence.lstrip().startswith(f"moelora {name}")
+        assert set(map(str.strip, fence.splitlines())) <= set(shown)
 
 
 # Bad input. All of it is found before anything runs.

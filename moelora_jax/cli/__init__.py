@@ -1,6 +1,7 @@
 """The command ``moelora``."""
 
 from importlib.metadata import PackageNotFoundError, version
+from inspect import cleandoc
 from typing import Annotated, Any
 
 import typer
@@ -71,89 +72,105 @@ def _moelora(
 _FILES = """A model is a folder of transformers: config.json and safetensors. An adapter is a folder
 of PEFT: adapter_config.json and adapter_model.safetensors."""
 
-app.command(
-    epilog="""**Examples**
 
-    moelora demo
-    moelora demo --folder demo && ls demo
-"""
+def _examples(commands: str, rows: str = "") -> str:
+    """What the help of a command ends with; indented lines without a fence would be joined."""
+    shown = f"**Examples**\n\n```\n{cleandoc(commands)}\n```\n"
+    if rows:
+        shown += f"\nWith rows.jsonl, one object per line:\n\n```\n{cleandoc(rows)}\n```\n"
+    return f"{shown}\n{_FILES}\n"
+
+
+app.command(
+    epilog=_examples(
+        """
+        moelora demo
+        moelora demo --folder demo && ls demo
+        """
+    )
 )(demo.demo)
 app.command(
-    epilog=f"""**Example**
-
-    moelora score --model qwen --adapter fr=french \\
-        --input rows.jsonl --output out.safetensors
-
-With rows.jsonl, one object per line:
-
-    {{"tokens": [9707, 11], "adapter": "fr"}}
-    {{"tokens": [9707, 11], "adapter": null}}
-
-{_FILES}
-"""
+    epilog=_examples(
+        """
+        moelora score --model qwen --adapter fr=french \\
+            --input rows.jsonl --output out.safetensors
+        """,
+        rows="""
+        {"tokens": [9707, 11], "adapter": "fr"}
+        {"tokens": [9707, 11], "adapter": null}
+        """,
+    )
 )(score.score)
 app.command(
-    epilog=f"""**Examples**
-
-    moelora generate --model qwen --adapter fr=french \\
-        --input rows.jsonl --max-new-tokens 32
-    moelora generate --model qwen --input rows.jsonl \\
-        --temperature 0.7 --output out.jsonl
-
-With rows.jsonl, one object per line:
-
-    {{"text": "Once upon a time", "adapter": "fr"}}
-    {{"tokens": [9707, 11]}}
-
-{_FILES}
-"""
+    epilog=_examples(
+        """
+        moelora generate --model qwen --adapter fr=french \\
+            --input rows.jsonl --max-new-tokens 32
+        moelora generate --model qwen --input rows.jsonl \\
+            --temperature 0.7 --output out.jsonl
+        """,
+        rows="""
+        {"text": "Once upon a time", "adapter": "fr"}
+        {"tokens": [9707, 11]}
+        """,
+    )
 )(generate.generate)
 app.command(
-    epilog="""**Examples**
-
-    moelora inspect french
-    moelora inspect french --model qwen
-    moelora inspect french --model qwen --json | jq .fits
-"""
+    epilog=_examples(
+        """
+        moelora inspect french
+        moelora inspect french --model qwen
+        moelora inspect french --model qwen --json | jq .fits
+        """
+    )
 )(inspect.inspect)
 app.command(
-    epilog="""**Example**
-
-    moelora convert french french-fused --model qwen \\
-        --layout peft_fused
-"""
+    epilog=_examples(
+        """
+        moelora convert french french-fused --model qwen \\
+            --layout peft_fused
+        """
+    )
 )(convert.convert)
 app.command(
-    epilog="""**Examples**
-
-    moelora plan --model qwen --gpu-memory 141GB
-    moelora plan --model qwen --gpu-memory 80GiB --max-adapters 16 --max-running 128
-"""
+    epilog=_examples(
+        """
+        moelora plan --model qwen --gpu-memory 141GB
+        moelora plan --model qwen --gpu-memory 80GiB \\
+            --max-adapters 16 --max-running 128
+        """
+    )
 )(plan.plan)
 app.command(
-    epilog="""**Examples**
-
-    moelora serve --model qwen --adapter fr=french
-    curl localhost:8000/v1/completions -H 'Content-Type: application/json' \\
-        -d '{"model": "fr", "prompt": "Il était une fois", "max_tokens": 32}'
-    MOELORA_API_KEY=... MOELORA_ADMIN_KEY=... moelora serve --model qwen \\
-        --adapter-root adapters --host 0.0.0.0
-"""
+    epilog=_examples(
+        """
+        moelora serve --model qwen --adapter fr=french
+        curl localhost:8000/v1/completions \\
+            -H 'Content-Type: application/json' \\
+            -d '{"model": "fr", "prompt": "Il était une fois"}'
+        MOELORA_API_KEY=... MOELORA_ADMIN_KEY=... \\
+            moelora serve --model qwen --host 0.0.0.0 \\
+            --adapter-root adapters
+        """
+    )
 )(serve.serve)
 app.command(
-    epilog="""**Examples**
-
-    moelora parity --model qwen --adapter fr=french
-    moelora parity --model qwen --adapter fr=french \\
-        --dtype bfloat16 --torch-device cuda --json parity.json
-"""
+    epilog=_examples(
+        """
+        moelora parity --model qwen --adapter fr=french
+        moelora parity --model qwen --adapter fr=french \\
+            --dtype bfloat16 --torch-device cuda --json parity.json
+        """
+    )
 )(parity.parity)
 app.command(
     name="bench-serve",
-    epilog="""**Examples**
-
-    moelora bench-serve http://127.0.0.1:8000 --rate 8 --requests 500 \\
-        --slo-ttft 500 --slo-tpot 50 --json out.json --plot out.png
-    moelora bench-serve --model qwen --adapter fr=french --rate 8
-""",
+    epilog=_examples(
+        """
+        moelora bench-serve http://127.0.0.1:8000 --rate 8 \\
+            --requests 500 --slo-ttft 500 --slo-tpot 50 \\
+            --json out.json --plot out.png
+        moelora bench-serve --model qwen --adapter fr=french --rate 8
+        """
+    ),
 )(bench_serve.bench_serve)

@@ -34,7 +34,7 @@ AdaptersOption = Annotated[
     typer.Option(
         "--adapter",
         metavar="NAME=DIR",
-        help="An adapter folder, and what rows call it. Repeat for more adapters.",
+        help="An adapter folder, and what rows or requests call it. Repeat for more adapters.",
     ),
 ]
 LayoutsOption = Annotated[

@@ -153,6 +153,8 @@ def serve(
     if name in folders:
         raise MoeLoraError(f"--adapter {name}: is what the base model is called; rename one")
     keys = _keys(api_key or [], api_keys_file, admin_key)
+    if adapter_root is not None and admin_key is None:
+        raise MoeLoraError(f"--adapter-root {adapter_root}: nobody may load without --admin-key")
     root = None if adapter_root is None else AdapterRoot(adapter_root)
     with serve.bind(host, port) as socket:
         _, config = read_model_config(model)
