@@ -196,7 +196,8 @@ def test_a_row_that_is_no_prompt_is_refused(llm: LLM) -> None:
     ("prompts", "error", "message"),
     [
         ([], RequestError, "the batch is empty"),
-        ([Prompt([])], RequestError, "row 0: tokens must be a list of at least one"),
+        ([Prompt([])], RequestError, "row 0: the prompt has no tokens"),
+        ([Prompt(np.array([[1]]))], RequestError, "row 0: a prompt is a list of token ids"),
         ([Prompt([1]), Prompt([1], "nobody")], RequestError, "row 1: adapter 'nobody' is not"),
         ([Prompt([1, 64])], RequestError, "row 0: token id 64 is outside the vocabulary of 64"),
         ([Prompt([-1])], RequestError, "row 0: token id -1"),

@@ -73,8 +73,10 @@ def check_tokens(
         CapacityError: they and the new tokens are longer than the cache.
     """
     array = np.asarray(tokens)
-    if array.ndim != 1 or array.size == 0:
-        raise RequestError("tokens must be a list of at least one token id")
+    if array.ndim != 1:
+        raise RequestError(f"a prompt is a list of token ids, not {type(tokens).__name__}")
+    if array.size == 0:
+        raise RequestError("the prompt has no tokens; at least one is needed")
     if not np.issubdtype(array.dtype, np.integer):
         raise RequestError(f"token ids must be integers, not {array.dtype}")
     outside = array[(array < 0) | (array >= model.vocab_size)]
