@@ -9,10 +9,19 @@ import triton.language as tl
 
 
 @triton.jit
-def signal(counter_ptr):
-    """Say that what this program has stored may be read by others of the launch."""
+def signal(counter_ptr, mask=None):
+    """Say that what this program has stored may be read by others of the launch.
+
+    There may be several counters, of which some are masked.
+    """
     tl.debug_barrier()  # Stores of all threads come before the one that signals.
-    tl.atomic_add(counter_ptr, 1, sem="release", scope="gpu")
+    tl.atomic_add(counter_ptr, 1, mask=mask, sem="release", scope="gpu")
+
+
+@triton.jit
+def count(counter_ptr):
+    """As :func:`signal`, where nobody reads what this program has stored."""
+    tl.atomic_add(counter_ptr, 1, sem="relaxed", scope="gpu")
 
 
 @triton.jit

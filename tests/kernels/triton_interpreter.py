@@ -472,6 +472,8 @@ def main() -> None:
         for tiles in TILES if shape.tokens > 1 else TILES[:1]:
             check_layer(shape, "float32", None, tiles, bias=shape.tokens == 1)
         check_layer(shape, "float16", shape.tokens // 2, TILES[0])
+    # Padding alone.
+    check_layer(SHAPES[2], "float32", 0, TILES[0])
     # Tiles of one adapter, and of several; one page, and more than are multiplied at once.
     for max_pages, assignment in ((1, "one"), (5, "one"), (3, "runs")):
         shape = Shape(130, 1, 1, 20, 24, 2, max_pages)

@@ -331,12 +331,16 @@ def shrink_for_gate_up(
 ):
     """One row for gate or for up.
 
-    Where all experts share the adapter's pages, the row of a token's first expert is shrunk for all
-    of them.
+    Where all experts share the adapter's pages, the token's first row in sorted order is shrunk for
+    all of them.
+
+    Returns:
+        How many rows are done, those of one expert or of all: 0 where the first row does the work.
     """
     row, site = program // 2, program % 2
     pair, group = tl.load(order_ptr + row), tl.load(group_ptr + row)
     adapter = group % (NUM_ADAPTERS + 1) - 1
+    done = 1
     # Past the last row the group is -1.
     if (group >= 0) & (adapter >= 0):
         table_ptr = gate_table_ptr if site == 0 else up_table_ptr
@@ -348,7 +352,10 @@ def shrink_for_gate_up(
             table_ptr + entry, scaling_ptr + factor, page < MAX_PAGES,
             group // (NUM_ADAPTERS + 1), NUM_EXPERTS, EXPERTS_POW2,
         )  # fmt: skip
-        if (pair % TOP_K == 0) | (shared == 0):
+        if shared:
+            rows = rows_of_token(pair // TOP_K, row_of_pair_ptr, TOP_K)
+            done = tl.where(tl.min(tl.where(rows >= 0, rows, row), 0) == row, TOP_K, 0)
+        if done > 0:
             shrink_row(
                 row, pair // TOP_K, site, group, layer, x_ptr,
                 gate_a_ptr, gate_table_ptr, gate_scaling_ptr,
@@ -358,13 +365,23 @@ def shrink_for_gate_up(
             )  # fmt: skip
             if shared:
                 tl.debug_barrier()  # Numbers that other threads have stored are read.
+                rows = rows_of_token(pair // TOP_K, row_of_pair_ptr, TOP_K)
                 column = tl.arange(0, PAGE_LANES * PAGE_ROWS)
                 inside = column < MAX_PAGES * PAGE_ROWS
                 z_ptrs = z_ptr + (site * Z_ROWS).to(tl.int64) * Z_COLUMNS + column
                 z = tl.load(z_ptrs + row * Z_COLUMNS, mask=inside)
-                for choice in range(1, TOP_K):
-                    other = tl.load(row_of_pair_ptr + pair + choice)
-                    tl.store(z_ptrs + other * Z_COLUMNS, z, mask=inside)
+                tl.store(
+                    z_ptrs[None, :] + rows[:, None] * Z_COLUMNS, z[None, :],
+                    mask=(rows >= 0)[:, None] & inside[None, :],
+                )  # fmt: skip
+    return done
+
+
+@triton.jit
+def rows_of_token(token, row_of_pair_ptr, TOP_K: tl.constexpr):
+    """The rows of a token's experts, -1 in lanes without one."""
+    choice = tl.arange(0, triton.next_power_of_2(TOP_K))
+    return tl.load(row_of_pair_ptr + token * TOP_K + choice, mask=choice < TOP_K, other=-1)
 
 
 @triton.jit

@@ -1,10 +1,11 @@
 """A whole MoE layer of a small batch in one Triton launch.
 
-The programs of the launch have six tasks, in this order: the sort, the shrink before gate_up,
-gate_up, the shrink before down, down, and combine. Each is the program of the kernel that does the
-task alone, and first waits for those programs of the tasks before that it reads from: down, and its
-shrink, for the gate_up of their own tile only, so that weights are read without a pause. See
-:mod:`moelora_kernels.waiting` for why waiting is safe. With few tokens a layer takes so
+The programs of the launch do, in this order: the sort; for each tile of rows its shrinks and then
+its gate_up; for each tile its shrinks and then its down; combine. Each is the program of the kernel
+that does the task alone, and first waits for those programs before it that it reads from: of the
+products and shrinks only those of its own tile. So the look-ups of a shrink, which wait for each
+other, are hidden behind the products of the tiles before, whose weights are read without a pause.
+See :mod:`moelora_kernels.waiting` for why waiting is safe. With few tokens a layer takes so
 little time that the starts and ends of separate launches, at which the memory is idle, matter.
 """
 
@@ -22,6 +23,7 @@ from moelora_kernels.expert_lora.triton import (
     down_tile,
     gate_up_tile,
     product_constants,
+    rows_of_token,
     shrink_for_down,
     shrink_for_gate_up,
 )
@@ -30,10 +32,12 @@ from moelora_kernels.sort.triton import count_and_place, counting_constants
 from moelora_kernels.tiles import max_tiles
 from moelora_kernels.tuning.tiles import MoeTiles, MosaicTiles
 from moelora_kernels.types import SIGNALS, Buffer, ExpertPages, TokenSort
-from moelora_kernels.waiting import clear, leave, signal, wait_for
+from moelora_kernels.waiting import clear, count, leave, signal, wait_for
 
 #: Counters of the whole launch; two for each tile follow them.
 LAUNCH_SIGNALS = 8
+#: Steps of the expand whose pages are copied ahead, and the one that is multiplied.
+EXPAND_STAGES = tl.constexpr(2)
 
 
 def fused_experts(
@@ -119,8 +123,7 @@ def fused_experts(
             f"one launch has signals for {(SIGNALS[0] - LAUNCH_SIGNALS) // 2} tiles; {tokens}"
             f" tokens of {top_k} experts may need {num_tiles}: choose tiles with one_launch=False"
         )
-    gate_up_blocks = triton.cdiv(inner, gate_up_tiles.block_n)
-    gate_ups = num_tiles * gate_up_blocks
+    gate_ups = num_tiles * triton.cdiv(inner, gate_up_tiles.block_n)
     downs = num_tiles * triton.cdiv(width, down_tiles.block_n)
     combine_block = block_columns(width)
     combines = tokens * triton.cdiv(width, combine_block)
@@ -154,7 +157,6 @@ def fused_experts(
         SORTS=sorts,
         SHRINKS=shrinks,
         GATE_UPS=gate_ups,
-        GATE_UP_BLOCKS=gate_up_blocks,
         DOWNS=downs,
         COMBINES=combines,
         TILES=num_tiles,
@@ -208,7 +210,6 @@ def layer_in_one_launch(
     SORTS: tl.constexpr,
     SHRINKS: tl.constexpr,
     GATE_UPS: tl.constexpr,
-    GATE_UP_BLOCKS: tl.constexpr,
     DOWNS: tl.constexpr,
     COMBINES: tl.constexpr,
     TILES: tl.constexpr,
@@ -245,18 +246,17 @@ def layer_in_one_launch(
     SORT_BLOCK: tl.constexpr,
 ):
     """The task of each program follows from its number."""
-    # Programs that have left, and programs that are done with each task.
-    sorted_ptr, shrunk_ptr = signals_ptr + 1, signals_ptr + 2
-    all_shrunk_ptr, down_done_ptr = signals_ptr + 3, signals_ptr + 4
+    # Programs that have left, that have sorted, and that are done with a task of a tile.
+    sorted_ptr, done_ptr = signals_ptr + 1, signals_ptr + 2
     # Of each tile.
     gated_ptr = signals_ptr + LAUNCH_SIGNALS
-    down_shrunk_ptr = gated_ptr + TILES
+    shrunk_ptr = gated_ptr + TILES
     layer = tl.load(layer_ptr)
     program = tl.program_id(0)
-    GATE_UP_SHRUNK: tl.constexpr = SORTS + 2 * SHRINKS
-    GATED: tl.constexpr = GATE_UP_SHRUNK + GATE_UPS
-    DOWN_SHRUNK: tl.constexpr = GATED + SHRINKS
-    DONE: tl.constexpr = DOWN_SHRUNK + DOWNS
+    GATE_UP_BLOCKS: tl.constexpr = GATE_UPS // TILES
+    DOWN_BLOCKS: tl.constexpr = DOWNS // TILES
+    GATED: tl.constexpr = SORTS + 2 * SHRINKS + GATE_UPS
+    DONE: tl.constexpr = GATED + SHRINKS + DOWNS
     if program < SORTS:
         count_and_place(
             program, experts_ptr, adapters_ptr, num_tokens_ptr,
@@ -265,63 +265,67 @@ def layer_in_one_launch(
             KEY_STRIDE, SORT_BLOCK,
         )  # fmt: skip
         signal(sorted_ptr)
-    elif program < GATE_UP_SHRUNK:
-        if SHRINKS > 0:
-            wait_for(sorted_ptr, SORTS)
-            shrink_for_gate_up(
-                program - SORTS, x_ptr, layer, group_ptr, order_ptr, row_of_pair_ptr,
-                gate_a_ptr, gate_table_ptr, gate_scaling_ptr,
-                up_a_ptr, up_table_ptr, up_scaling_ptr, gate_up_z_ptr,
-                HIDDEN, TOP_K, NUM_EXPERTS, EXPERTS_POW2, NUM_ADAPTERS, MAX_PAGES, PAGE_LANES,
-                PAGE_ROWS, GATE_UP_Z_ROWS, GATE_UP_Z_COLUMNS, GATE_UP_SHRINK_K,
-            )  # fmt: skip
-            signal(shrunk_ptr)
     elif program < GATED:
-        tile = (program - GATE_UP_SHRUNK) // GATE_UP_BLOCKS
         wait_for(sorted_ptr, SORTS)
-        gate_up_tile(
-            program - GATE_UP_SHRUNK, x_ptr, gate_up_weight_ptr, gate_up_bias_ptr, layer,
-            tiles_ptr, group_ptr, order_ptr, gate_b_ptr, gate_table_ptr, up_b_ptr, up_table_ptr,
-            gate_up_z_ptr, shrunk_ptr, 2 * SHRINKS, hidden_ptr,
-            HIDDEN, INTERMEDIATE, TOP_K, ACTIVATION, NUM_EXPERTS, BLOCK_M, GATE_UP_BLOCK_N,
-            GATE_UP_BLOCK_K, PRECISION, NUM_ADAPTERS, MAX_PAGES, PAGE_ROWS,
-            GATE_UP_Z_ROWS, GATE_UP_Z_COLUMNS, GATE_UP_SLOTS, GATE_UP_PAGES,
-        )  # fmt: skip
-        # Unused tiles too: whoever waits for one need not know that it is.
-        signal(gated_ptr + tile)
-    elif program < DOWN_SHRUNK:
-        if SHRINKS > 0:
-            row = program - GATED
-            wait_for(sorted_ptr, SORTS)
-            tiles = tl.arange(0, TILES_POW2)
-            first = tl.load(tiles_ptr + tiles * 3 + 1, mask=tiles < TILES, other=-1)
-            end = tl.load(tiles_ptr + tiles * 3 + 2, mask=tiles < TILES, other=-1)
-            tile = tl.max(tl.where((first <= row) & (row < end), tiles, -1), 0)
-            if tile >= 0:  # The row is not padding.
-                wait_for(gated_ptr + tile, GATE_UP_BLOCKS)
+        tile, first, rows, number = find_task(
+            program - SORTS, tiles_ptr, 2 if SHRINKS > 0 else 0, GATE_UP_BLOCKS, TILES, TILES_POW2
+        )
+        if number >= 0:
+            gate_up_tile(
+                tile * GATE_UP_BLOCKS + number, x_ptr, gate_up_weight_ptr, gate_up_bias_ptr, layer,
+                tiles_ptr, group_ptr, order_ptr, gate_b_ptr, gate_table_ptr, up_b_ptr, up_table_ptr,
+                gate_up_z_ptr, shrunk_ptr + tile, 2 * rows, hidden_ptr,
+                HIDDEN, INTERMEDIATE, TOP_K, ACTIVATION, NUM_EXPERTS, BLOCK_M, GATE_UP_BLOCK_N,
+                GATE_UP_BLOCK_K, PRECISION, NUM_ADAPTERS, MAX_PAGES, PAGE_ROWS,
+                GATE_UP_Z_ROWS, GATE_UP_Z_COLUMNS, GATE_UP_SLOTS, GATE_UP_PAGES,
+                EXPAND_STAGES,
+            )  # fmt: skip
+            signal(gated_ptr + tile)
+        elif SHRINKS > 0:
+            if tile >= 0:
+                shrink = 2 * (first + rows) + number
+                done = shrink_for_gate_up(
+                    shrink, x_ptr, layer, group_ptr, order_ptr, row_of_pair_ptr,
+                    gate_a_ptr, gate_table_ptr, gate_scaling_ptr,
+                    up_a_ptr, up_table_ptr, up_scaling_ptr, gate_up_z_ptr,
+                    HIDDEN, TOP_K, NUM_EXPERTS, EXPERTS_POW2, NUM_ADAPTERS, MAX_PAGES, PAGE_LANES,
+                    PAGE_ROWS, GATE_UP_Z_ROWS, GATE_UP_Z_COLUMNS, GATE_UP_SHRINK_K,
+                )  # fmt: skip
+                if done == 1:
+                    signal(shrunk_ptr + tile)
+                elif done > 1:
+                    token = tl.load(order_ptr + shrink // 2) // TOP_K
+                    token_rows = rows_of_token(token, row_of_pair_ptr, TOP_K)
+                    token_tiles = tiles_of_rows(token_rows, tiles_ptr, TILES, TILES_POW2)
+                    signal(shrunk_ptr + token_tiles, token_rows >= 0)
+        count(done_ptr)
+    elif program < DONE:
+        wait_for(sorted_ptr, SORTS)
+        tile, first, rows, number = find_task(
+            program - GATED, tiles_ptr, 1 if SHRINKS > 0 else 0, DOWN_BLOCKS, TILES, TILES_POW2
+        )
+        if tile >= 0:
+            wait_for(gated_ptr + tile, GATE_UP_BLOCKS)
+            if number >= 0:
+                down_tile(
+                    tile * DOWN_BLOCKS + number, hidden_ptr, down_weight_ptr, down_bias_ptr, layer,
+                    tiles_ptr, group_ptr, down_b_ptr, down_table_ptr, down_z_ptr,
+                    shrunk_ptr + tile, 3 * rows, expert_out_ptr,
+                    HIDDEN, INTERMEDIATE, NUM_EXPERTS, BLOCK_M, DOWN_BLOCK_N, DOWN_BLOCK_K,
+                    PRECISION, NUM_ADAPTERS, MAX_PAGES, PAGE_ROWS, DOWN_Z_COLUMNS, DOWN_SLOTS,
+                    DOWN_PAGES, EXPAND_STAGES,
+                )  # fmt: skip
+            elif SHRINKS > 0:
                 shrink_for_down(
-                    row, hidden_ptr, layer, group_ptr,
+                    first + rows + number, hidden_ptr, layer, group_ptr,
                     down_a_ptr, down_table_ptr, down_scaling_ptr, down_z_ptr,
                     INTERMEDIATE, NUM_EXPERTS, NUM_ADAPTERS, MAX_PAGES, PAGE_LANES, PAGE_ROWS,
                     DOWN_Z_ROWS, DOWN_Z_COLUMNS, DOWN_SHRINK_K,
                 )  # fmt: skip
-                signal(down_shrunk_ptr + tile)
-            signal(all_shrunk_ptr)
-    elif program < DONE:
-        DOWN_BLOCKS: tl.constexpr = DOWNS // TILES
-        tile = (program - DOWN_SHRUNK) // DOWN_BLOCKS
-        wait_for(gated_ptr + tile, GATE_UP_BLOCKS)
-        tile_rows = tl.load(tiles_ptr + tile * 3 + 2) - tl.load(tiles_ptr + tile * 3 + 1)
-        down_tile(
-            program - DOWN_SHRUNK, hidden_ptr, down_weight_ptr, down_bias_ptr, layer,
-            tiles_ptr, group_ptr, down_b_ptr, down_table_ptr, down_z_ptr, down_shrunk_ptr + tile,
-            tile_rows, expert_out_ptr,
-            HIDDEN, INTERMEDIATE, NUM_EXPERTS, BLOCK_M, DOWN_BLOCK_N, DOWN_BLOCK_K, PRECISION,
-            NUM_ADAPTERS, MAX_PAGES, PAGE_ROWS, DOWN_Z_COLUMNS, DOWN_SLOTS, DOWN_PAGES,
-        )  # fmt: skip
-        signal(down_done_ptr)
+                signal(shrunk_ptr + tile)
+        signal(done_ptr)
     else:
-        wait_for(down_done_ptr, DOWNS)
+        wait_for(done_ptr, DONE - SORTS)
         BLOCKS: tl.constexpr = (HIDDEN + COMBINE_BLOCK - 1) // COMBINE_BLOCK
         sum_experts(
             (program - DONE) // BLOCKS, (program - DONE) % BLOCKS,
@@ -329,8 +333,49 @@ def layer_in_one_launch(
             HIDDEN, TOP_K, SCALING, COMBINE_BLOCK,
         )  # fmt: skip
         if leave(signals_ptr, COMBINES):
-            # A batch of the base model waits for no shrink.
-            if SHRINKS > 0:
-                wait_for(shrunk_ptr, 2 * SHRINKS)
-                wait_for(all_shrunk_ptr, SHRINKS)
             clear(signals_ptr, SIGNALS)
+
+
+@triton.jit
+def load_first_rows(tiles_ptr, TILES: tl.constexpr, TILES_POW2: tl.constexpr):
+    """First row of each tile, past all rows where there is none."""
+    tiles = tl.arange(0, TILES_POW2)
+    first = tl.load(tiles_ptr + tiles * 3 + 1, mask=tiles < TILES, other=-1)
+    return tl.where(first >= 0, first, 1 << 24)
+
+
+@triton.jit
+def tiles_of_rows(rows, tiles_ptr, TILES: tl.constexpr, TILES_POW2: tl.constexpr):
+    """The tile of each of some rows."""
+    first_rows = load_first_rows(tiles_ptr, TILES, TILES_POW2)
+    return tl.sum((first_rows[None, :] <= rows[:, None]).to(tl.int32), 1) - 1
+
+
+@triton.jit
+def find_task(
+    position,
+    tiles_ptr,
+    SHRINKS_PER_ROW: tl.constexpr,
+    BLOCKS: tl.constexpr,
+    TILES: tl.constexpr,
+    TILES_POW2: tl.constexpr,
+):
+    """The task at a position of the list in which each tile has its shrinks, then its products.
+
+    Returns:
+        Tile, -1 past the last task; its first row; its rows; the number of the product, negative
+        for a shrink, the last of which is -1.
+    """
+    tile, number = position // BLOCKS, position % BLOCKS
+    if SHRINKS_PER_ROW > 0:
+        tiles = tl.arange(0, TILES_POW2)
+        first_rows = load_first_rows(tiles_ptr, TILES, TILES_POW2)
+        starts = first_rows * SHRINKS_PER_ROW + tiles * BLOCKS
+        tile = tl.sum((starts <= position).to(tl.int32), 0) - 1
+        number = position - tl.max(tl.where(starts <= position, starts, 0), 0)
+        tile = tl.maximum(tile, 0)  # There are no tiles at all without tokens.
+    expert, first = tl.load(tiles_ptr + tile * 3), tl.load(tiles_ptr + tile * 3 + 1)
+    rows = tl.load(tiles_ptr + tile * 3 + 2) - first
+    number -= SHRINKS_PER_ROW * rows
+    nothing = (expert < 0) | (number >= BLOCKS)
+    return tl.where(nothing, -1, tile), first, rows, tl.where(nothing, -1, number)
