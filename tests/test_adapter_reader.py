@@ -679,13 +679,23 @@ def test_safetensors_file_raises_the_given_error(tmp_path: Path, in_memory: bool
 
 
 def test_a_file_in_memory_may_change(tmp_path: Path) -> None:
-    """A mapped file that shrinks ends the process; this one is not looked at any more."""
+    """It is not looked at any more."""
     path = tmp_path / "model.safetensors"
     value = np.arange(10_000, dtype=np.float32)
     path.write_bytes(save({"a": value}))
     with SafetensorsFile(path, AdapterError, in_memory=True) as file:
         path.write_bytes(b"")
         np.testing.assert_array_equal(file.read("a"), value)
+
+
+def test_a_file_that_shrinks_is_an_error(tmp_path: Path) -> None:
+    """A mapped file would end the process."""
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(save({"a": np.ones(10_000, np.float32)}))
+    with SafetensorsFile(path, AdapterError) as file:
+        os.truncate(path, path.stat().st_size - 10_000)
+        with pytest.raises(AdapterError, match="is cut short"):
+            file.read("a")
 
 
 def test_a_file_that_changes_while_it_is_read_is_refused(
