@@ -11,7 +11,7 @@ from jax._src.pallas.mosaic_gpu.interpret import gpu_callbacks
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from moelora_kernels.combine import triton as combine
-from moelora_kernels.expert_lora import mosaic, triton_shrink
+from moelora_kernels.expert_lora import mosaic, triton_gather, triton_shrink
 from moelora_kernels.expert_lora import triton as expert_lora
 from moelora_kernels.sort import triton as sort
 from moelora_kernels.tuning.tiles import MoeTiles, MosaicTiles
@@ -24,7 +24,7 @@ SHAPE = Shape(132, 1, 1, 192, 192, 5, 2)
 
 
 def main() -> None:
-    for module in (combine, expert_lora, mosaic, sort, triton_shrink):
+    for module in (combine, expert_lora, mosaic, sort, triton_gather, triton_shrink):
         module.launch = interpret  # type: ignore[attr-defined]
     params = plgpu.InterpretGPUParams(detect_races=True)
     product: Any = mosaic.grouped_product

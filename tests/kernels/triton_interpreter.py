@@ -29,7 +29,8 @@ from moelora_kernels import (
     shrink,
     sort_tokens,
 )
-from moelora_kernels.expert_lora import triton_shrink
+from moelora_kernels.expert_lora import triton_gather, triton_shrink
+from moelora_kernels.expert_lora.reference import gather_rows
 from moelora_kernels.linear import api as linear_api
 from moelora_kernels.linear import triton_many_rows
 from moelora_kernels.tuning.tiles import (
@@ -44,6 +45,7 @@ from tests.kernels.cases import (
     LayerCase,
     LayerSpec,
     Shape,
+    poisoned,
     poisoned_like,
     relative_error,
 )
@@ -278,6 +280,19 @@ def check_sort() -> None:
     print("sort", flush=True)
 
 
+def check_gather() -> None:
+    """Real rows are copied, the others left as they were: more columns than a program has."""
+    case = LayerCase(LayerSpec(Shape(9, 3, 4, triton_gather.BLOCK + 24, 1, 0, 0), num_tokens=7))
+    x, pairs = case.cast(case.x), case.shape.pairs
+    sort = case.token_sort(16)
+    out = jax.new_ref(poisoned((pairs + 2, x.shape[1]), str(x.dtype)))
+    actual = np.asarray(triton_gather.gather_rows(x, sort, 3, out)[...])
+    rows = 7 * 3
+    assert np.array_equal(actual[:rows], gather_rows(x, sort, pairs, 3)[:rows])
+    assert np.isnan(actual[rows:]).all()
+    print("gather", flush=True)
+
+
 def check_route() -> None:
     logits = jax.random.normal(jax.random.key(0), (5, 12))
     bias = jax.random.normal(jax.random.key(1), (12,))
@@ -447,7 +462,7 @@ def main() -> None:
     from moelora_kernels.sort import triton as sort
 
     modules = (combine, dense, expert_lora, fused_experts, heads, linear, router, sort)
-    for module in (*modules, triton_many_rows, triton_one_token, triton_shrink):
+    for module in (*modules, triton_gather, triton_many_rows, triton_one_token, triton_shrink):
         module.launch = interpret  # type: ignore[attr-defined]
     check_route()
     check_heads(6, 2, 20, norms=True)
@@ -456,6 +471,7 @@ def main() -> None:
     # The form for large batches, in blocks that a small one fills.
     sort.MAX_COUNTED_PAIRS, sort.BLOCK_PAIRS = 0, 128
     check_sort()
+    check_gather()
     check_shared()
     # Runs of several windows, which are cut; several chunks of tokens; more pages than are
     # multiplied at once.

@@ -22,23 +22,18 @@ def combine(
     """See :func:`moelora_kernels.combine`."""
     tokens, top_k = weights.shape
     width = expert_out.shape[1]
-    block = block_columns(width)
+    block = min(triton.next_power_of_2(width), 512)
     return launch(
         combine_token,
         (expert_out, weights, sort.row_of_pair),
         [jax.ShapeDtypeStruct((tokens, width), dtype)],
         None if out is None else [out],
-        Launch((tokens, triton.cdiv(width, block)), num_warps=4),
+        Launch((tokens, triton.cdiv(width, block)), num_warps=1),
         WIDTH=width,
         TOP_K=top_k,
         SCALING=float(scaling),
         BLOCK=block,
     )[0]
-
-
-def block_columns(width: int) -> int:
-    """Columns of a program."""
-    return min(triton.next_power_of_2(width), 1024)
 
 
 @triton.jit

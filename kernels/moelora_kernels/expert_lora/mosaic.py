@@ -33,9 +33,9 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jax.typing import DTypeLike
 
 from moelora_kernels.backend import Launch, call_in_place, launch, scalar
-from moelora_kernels.buffers import given_or_new, result
-from moelora_kernels.expert_lora import reference
+from moelora_kernels.buffers import given_or_new
 from moelora_kernels.expert_lora.triton_expand import find_adapters, tile_adapters
+from moelora_kernels.expert_lora.triton_gather import gather_rows
 from moelora_kernels.expert_lora.triton_shrink import shrink
 from moelora_kernels.tiles import max_tiles
 from moelora_kernels.tuning.tiles import MosaicTiles
@@ -98,7 +98,7 @@ def gate_up(
             out=rank_activations,
         )
     return grouped_product(
-        result(sorted_x, reference.gather_rows(x, sort, pairs, top_k)),
+        gather_rows(x, sort, top_k, sorted_x),
         weight,
         bias,
         sort,

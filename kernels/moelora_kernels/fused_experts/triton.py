@@ -18,7 +18,7 @@ from jax import Array
 
 from moelora_kernels.backend import Launch, launch, scalar
 from moelora_kernels.buffers import given_or_new
-from moelora_kernels.combine.triton import block_columns, sum_experts
+from moelora_kernels.combine.triton import sum_experts
 from moelora_kernels.expert_lora.triton import (
     down_tile,
     gate_up_tile,
@@ -125,7 +125,7 @@ def fused_experts(
         )
     gate_ups = num_tiles * triton.cdiv(inner, gate_up_tiles.block_n)
     downs = num_tiles * triton.cdiv(width, down_tiles.block_n)
-    combine_block = block_columns(width)
+    combine_block = min(triton.next_power_of_2(width), 1024)
     combines = tokens * triton.cdiv(width, combine_block)
     total = buffer(out, (tokens, width))
     launch(
