@@ -101,7 +101,7 @@ def shrink_candidates(rows_per_expert: float) -> list[ShrinkTiles]:
     return [
         ShrinkTiles(block_k, warps, stages, run_rows, slots)
         for (block_k, warps, stages), (run_rows, slots) in itertools.product(
-            sizes, ((16, 8), (32, 2))
+            sizes, ((16, 12), (32, 4), (64, 8))
         )
     ]
 

@@ -544,15 +544,15 @@ class LayerCase:
     def rank_activations(self, sites: Sequence[str], inputs: np.ndarray) -> np.ndarray:
         """``[sites, rows, max_rank]`` for input rows ``[rows, in]``.
 
-        Defined are whole pages of rows that have an adapter with pages here.
+        Defined are all ranks of rows that have an adapter; those past its last are zero.
         """
         expected = np.full((len(sites), self.shape.pairs, self.shape.max_rank), np.nan)
         for index, site in enumerate(sites):
             for row, pair in enumerate(self.rows):
                 update = self.update(site, pair)
+                if self.adapter(pair) >= 0:
+                    expected[index, row] = 0
                 if update is not None:
-                    defined = -(-update.rank // PAGE_ROWS) * PAGE_ROWS
-                    expected[index, row, :defined] = 0
                     expected[index, row, : update.rank] = update.scaling * (update.a @ inputs[row])
         return expected
 

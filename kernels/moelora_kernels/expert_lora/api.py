@@ -62,8 +62,8 @@ def shrink(
         implementation: None chooses by the default device.
 
     Returns:
-        ``[sites, pairs, max_rank]`` in sorted order. Rows without an adapter, and rank columns past
-        an adapter's last page, are not defined.
+        ``[sites, pairs, max_rank]`` in sorted order. Rows without an adapter are not defined; rank
+        columns past an adapter's last page are zero.
     """
     if len({site.max_rank for site in sites}) != 1:
         raise ValueError(f"sites of one shrink differ in max_rank: {[s.max_rank for s in sites]}")

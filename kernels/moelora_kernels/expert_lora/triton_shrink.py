@@ -19,8 +19,6 @@ from moelora_kernels.expert_lora.triton_expand import spread
 from moelora_kernels.tuning.tiles import ShrinkTiles
 from moelora_kernels.types import PAGE_ROWS, Buffer, SitePages, TokenSort
 
-#: Rows whose runs a few programs of the shrink share.
-WINDOW_ROWS = 16
 #: Tokens of one block of the shrink by token, and programs that share the block.
 CHUNK_TOKENS = 256
 CHUNK_PROGRAMS = 32
@@ -57,18 +55,17 @@ def shrink(
         kernel = shrink_runs
         pages = min(constants["PAGE_LANES"], STACK_PAGES // len(sites))
         stack = pages * len(sites)
-        windows = triton.cdiv(pairs, WINDOW_ROWS) * tiles.slots
+        windows = triton.cdiv(pairs, tiles.run_rows) * tiles.slots
         # Experts may share A of an adapter, which tokens are then multiplied with, not pairs.
         tokens = 0 if top_k is None or constants["NUM_EXPERTS"] == 1 else pairs // top_k
         token_programs = triton.cdiv(tokens, CHUNK_TOKENS) * CHUNK_PROGRAMS
         inputs = (x, *rows, sort.row_of_pair, *inputs[3:])
         grid = (token_programs + windows, triton.cdiv(constants["MAX_PAGES"], pages))
         if stack > 2:  # More pages make a step wider and give more warps work.
-            tiles = replace(tiles, block_k=64, num_warps=4, num_stages=4)
-            constants["BLOCK_K"] = min(constants["BLOCK_K"], 64)
+            tiles = replace(tiles, block_k=128, num_warps=4, num_stages=3)
+            constants["BLOCK_K"] = min(constants["BLOCK_K"], 128)
         constants |= {
             "PAIRS": pairs,
-            "WINDOW_ROWS": WINDOW_ROWS,
             "RUN_ROWS": tiles.run_rows,
             "SITES": len(sites),
             "PAGES": pages,
@@ -206,13 +203,17 @@ def shrink_pages(
     PAGE_ROWS: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """``z = scaling · A · x`` for one row and the pages that an adapter has, if any."""
+    """``z = scaling · A · x`` for one row and the pages that an adapter has, zero past them."""
     pages = tl.arange(0, PAGE_LANES)
     entries = tl.load(entry_ptr + pages * NUM_EXPERTS, mask=pages < MAX_PAGES, other=-1)
     scaling = tl.load(scaling_ptr)
     rank = tl.arange(0, PAGE_ROWS)
     column = tl.arange(0, BLOCK_K)
-    for page in range(0, tl.sum((entries >= 0).to(tl.int32), 0)):
+    num_pages = tl.sum((entries >= 0).to(tl.int32), 0)
+    rest = tl.arange(0, PAGE_LANES * PAGE_ROWS)
+    past = (rest >= num_pages * PAGE_ROWS) & (rest < MAX_PAGES * PAGE_ROWS)
+    tl.store(z_ptr + rest, 0.0, mask=past)
+    for page in range(0, num_pages):
         pool_row = tl.sum(tl.where(pages == page, entries, 0), 0)
         a_ptr = pool_ptr + pool_row.to(tl.int64) * PAGE_ROWS * WIDTH
         products = tl.zeros([PAGE_ROWS, BLOCK_K], tl.float32)
@@ -251,7 +252,6 @@ def shrink_runs(
     Z_COLUMNS: tl.constexpr,
     BLOCK_K: tl.constexpr,
     PAIRS: tl.constexpr,
-    WINDOW_ROWS: tl.constexpr,
     RUN_ROWS: tl.constexpr,
     SITES: tl.constexpr,
     PAGES: tl.constexpr,
@@ -275,7 +275,7 @@ def shrink_runs(
             program - TOKEN_PROGRAMS, x_ptr, order_ptr, group_ptr, layer,
             pool_0_ptr, table_0_ptr, scaling_0_ptr, pool_1_ptr, table_1_ptr, scaling_1_ptr, z_ptr,
             WIDTH, TOP_K, NUM_EXPERTS, NUM_ADAPTERS, MAX_PAGES, PAGE_ROWS, Z_ROWS, Z_COLUMNS,
-            BLOCK_K, PAIRS, WINDOW_ROWS, RUN_ROWS, SITES, PAGES, SLOTS, PRECISION,
+            BLOCK_K, PAIRS, RUN_ROWS, SITES, PAGES, SLOTS, PRECISION,
             TOKEN_PROGRAMS > 0, EXPERTS_POW2,
         )  # fmt: skip
     elif TOKEN_PROGRAMS > 0:
@@ -312,7 +312,6 @@ def shrink_window(
     Z_COLUMNS: tl.constexpr,
     BLOCK_K: tl.constexpr,
     PAIRS: tl.constexpr,
-    WINDOW_ROWS: tl.constexpr,
     RUN_ROWS: tl.constexpr,
     SITES: tl.constexpr,
     PAGES: tl.constexpr,
@@ -321,30 +320,39 @@ def shrink_window(
     SKIP_SHARED: tl.constexpr,
     EXPERTS_POW2: tl.constexpr,
 ):
-    """The runs that begin in a window of rows, shared among ``SLOTS`` programs.
+    """The runs that begin in a window of ``RUN_ROWS`` rows, shared among ``SLOTS`` programs.
 
-    A run is a stretch of rows of one expert and adapter. Where it is long, a new one begins at
-    every multiple of ``RUN_ROWS`` that has as many of its rows before, so that one adapter's batch
-    spreads over the device. The pages of all sites are columns of one product, for which the rows
-    are read once. With ``SKIP_SHARED``, runs whose pages all experts share are left out.
+    A run is a stretch of rows of one expert and adapter. One of more than ``RUN_ROWS`` is cut where
+    windows begin, so that one adapter's batch spreads over the device. The pages of all sites are
+    columns of one product, for which the rows are read once. With ``SKIP_SHARED``, runs whose pages
+    all experts share are left out.
     """
     window, program_slot = program // SLOTS, program % SLOTS
-    rows = window * WINDOW_ROWS + tl.arange(0, WINDOW_ROWS)
+    lane = tl.arange(0, RUN_ROWS)
+    rows = window * RUN_ROWS + lane
     inside = rows < PAIRS
     group = tl.load(group_ptr + rows, mask=inside, other=-1)
     before = tl.load(group_ptr + rows - 1, mask=inside & (rows > 0), other=-1)
     earlier = tl.load(group_ptr + rows - RUN_ROWS, mask=inside & (rows >= RUN_ROWS), other=-1)
     # Rows of the base model have no run, nor do those past the last, whose group is -1.
     has_adapter = (group >= 0) & (group % (NUM_ADAPTERS + 1) > 0)
-    cut = (rows % RUN_ROWS == 0) & (group == earlier)
+    # The run that goes on in this window is longer than that if two rows so far apart are of it.
+    goes_on = tl.sum(tl.where(lane == 0, group, 0), 0) == group
+    cut = (lane == 0) & (tl.max((goes_on & (group == earlier)).to(tl.int32), 0) > 0)
     begins = (has_adapter & ((group != before) | cut)).to(tl.int32)
     number = tl.where(begins > 0, tl.cumsum(begins, 0) - 1, -1)
-    lane = tl.arange(0, RUN_ROWS)
     for run in range(program_slot, tl.sum(begins, 0), SLOTS):
         row = tl.max(tl.where(number == run, rows, 0), 0)
         run_group = tl.max(tl.where(number == run, group, 0), 0)
         adapter = run_group % (NUM_ADAPTERS + 1) - 1
         expert = run_group // (NUM_ADAPTERS + 1)
+        # All that is looked up at once, as each wait takes as long as some steps of the product.
+        run_rows = row + lane
+        same = tl.load(group_ptr + run_rows, mask=run_rows < PAIRS, other=-1) == run_group
+        after = tl.load(group_ptr + row + RUN_ROWS, mask=row + RUN_ROWS < PAIRS, other=-1)
+        x_rows = run_rows
+        if TOP_K > 0:
+            x_rows = tl.load(order_ptr + run_rows, mask=run_rows < PAIRS, other=0) // TOP_K
         entry_ptrs, scaling_ptrs, page = find_entries(
             adapter, layer, table_0_ptr, scaling_0_ptr, table_1_ptr, scaling_1_ptr,
             NUM_EXPERTS, NUM_ADAPTERS, MAX_PAGES, SITES, PAGES,
@@ -352,20 +360,15 @@ def shrink_window(
         pool_row = tl.load(entry_ptrs + expert, mask=page < MAX_PAGES, other=-1)
         scaling = tl.load(scaling_ptrs + expert)
         a_ptrs = rank_rows(pool_row, pool_0_ptr, pool_1_ptr, WIDTH, PAGE_ROWS, SITES, PAGES)
-        # The next run of the same rows begins here at the latest.
-        end = tl.minimum(((row + RUN_ROWS - 1) // RUN_ROWS + 1) * RUN_ROWS, PAIRS)
+        # A longer run is cut where the next window begins.
+        same = same & ((after != run_group) | (run_rows < (window + 1) * RUN_ROWS))
         if SKIP_SHARED:
-            if share_pages(
+            shared = share_pages(
                 entry_ptrs, scaling_ptrs, page < MAX_PAGES, expert, NUM_EXPERTS, EXPERTS_POW2
-            ):
-                end = row
-        while row < end:
-            run_rows = row + lane
-            same = run_rows < end
-            same = same & (tl.load(group_ptr + run_rows, mask=same, other=-1) == run_group)
-            x_rows = run_rows
-            if TOP_K > 0:
-                x_rows = tl.load(order_ptr + run_rows, mask=same, other=0) // TOP_K
+            )
+        else:
+            shared = False
+        if not shared:
             z = multiply_pages(
                 x_rows, same, pool_row, scaling, a_ptrs, x_ptr,
                 WIDTH, BLOCK_K, PAGE_ROWS, PRECISION,
@@ -373,8 +376,6 @@ def shrink_window(
             store_ranks(
                 z, run_rows, same, z_ptr, MAX_PAGES, PAGE_ROWS, Z_ROWS, Z_COLUMNS, SITES, PAGES
             )
-            all_same = tl.sum(same.to(tl.int32), 0) == RUN_ROWS
-            row = tl.where(all_same, row + RUN_ROWS, end)
 
 
 @triton.jit
@@ -559,7 +560,8 @@ def multiply_pages(
         x = tl.load(x_tile + k, mask=x_mask, other=0.0)
         a = tl.load(a_tile + k, mask=a_mask, other=0.0)
         z = tl.dot(x, tl.trans(a), z, input_precision=PRECISION)
-    return z * spread(scaling, PAGE_ROWS)[None, :]
+    # Where there is no page, there may be no scaling either.
+    return tl.where(has_page[None, :], z * spread(scaling, PAGE_ROWS)[None, :], 0.0)
 
 
 @triton.jit

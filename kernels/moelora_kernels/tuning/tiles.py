@@ -43,8 +43,8 @@ class ShrinkTiles:
         block_k: summed columns of one step, of up to two pages.
         num_warps: warps per program.
         num_stages: steps whose loads are in flight.
-        run_rows: rows of a run that are multiplied at once; 0 for one program per row.
-        slots: programs that share the runs that begin in 16 rows.
+        run_rows: rows of a run at most, which are multiplied at once; 0 for one program per row.
+        slots: programs that share the runs that begin in ``run_rows`` rows.
     """
 
     block_k: int
@@ -63,7 +63,7 @@ class GemmTiles:
         block_k: summed columns of one step.
         num_warps: warps per program.
         num_stages: steps whose loads are in flight.
-        stack: pages of adapters that are multiplied at once.
+        stack: pages of adapters that are multiplied at once in tiles of 16 rows.
         shrink: of the launch before that makes the rank activations; None has programs of the same
             launch make them, one for each row, which is best for few rows.
     """
@@ -246,7 +246,7 @@ def shrink_rule(rows_per_expert: float, width: int, dtype: DTypeLike) -> ShrinkT
 def _shrink_of_runs(rows_per_expert: float) -> ShrinkTiles:
     if rows_per_expert < 128:
         return ShrinkTiles(block_k=128, num_warps=2, num_stages=4, run_rows=16, slots=8)
-    return ShrinkTiles(block_k=128, num_warps=2, num_stages=3, run_rows=32, slots=2)
+    return ShrinkTiles(block_k=128, num_warps=2, num_stages=3, run_rows=32, slots=4)
 
 
 def dense_tiles(tokens: int, width: int, dtype: DTypeLike) -> tuple[ShrinkTiles, GemmTiles]:
