@@ -22,11 +22,11 @@ from moelora_kernels.backend import Launch, launch, precision, scalar
 from moelora_kernels.buffers import given_or_new
 from moelora_kernels.expert_lora.triton_expand import (
     add_expand,
+    add_stack,
     expand_both,
     find_adapters,
     find_pages,
     load_ranks,
-    only_adapter,
     tile_adapters,
 )
 from moelora_kernels.expert_lora.triton_shrink import (
@@ -40,8 +40,11 @@ from moelora_kernels.tuning.tiles import GemmTiles
 from moelora_kernels.types import SIGNALS, Buffer, SitePages, TokenSort
 from moelora_kernels.waiting import clear, leave, signal, wait_for
 
-#: Rows of a tile from which on a tile whose rows have one adapter is treated apart: a prompt's.
-ONE_ADAPTER_ROWS = tl.constexpr(64)
+#: Rows of a tile from which on pages are copied ahead, with the rank activations they are for, and
+#: rows are not loaded that the tile does not have.
+COPY_AHEAD_ROWS = tl.constexpr(32)
+#: Pages that are multiplied at once there, more of which would need more memory.
+COPIED_PAGES = 4
 #: Columns of a page that a warp of a product loads at once when it shrinks.
 SHRINK_COLUMNS = 64
 
@@ -168,8 +171,10 @@ def _product(
     programs = num_tiles * triton.cdiv(shape.shape[1], tiles.block_n)
     constants |= product_constants(x, tiles, tile_rows, experts, lora.sites, z)
     constants |= {"PRODUCERS": producers, "PROGRAMS": programs, "SIGNALS": SIGNALS[0]}
-    # Few rows have few steps to copy ahead for.
-    constants["EXPAND_STAGES"] = 1 if producers else 2
+    # Few rows have few steps to copy ahead for. A step of gate and up copies one tile more than a
+    # step of their product.
+    ahead = tiles.num_stages - 1 if tile_rows >= COPY_AHEAD_ROWS.value else 2 - (producers > 0)
+    constants["EXPAND_STAGES"] = max(ahead, 1)
     grid = (producers + programs,)
     how = Launch(grid, num_warps=tiles.num_warps, num_stages=tiles.num_stages)
     if producers == 0:
@@ -190,7 +195,10 @@ def product_constants(
 ) -> dict[str, Any]:
     """Compile-time parameters of a grouped product."""
     _, z_rows, z_columns = (0, 0, 0) if rank_activations is None else rank_activations.shape
-    return expand_constants(x, tiles, sites) | {
+    expand = expand_constants(x, tiles, sites)
+    if sites and tile_rows >= COPY_AHEAD_ROWS.value:
+        expand["SLOTS"] = COPIED_PAGES // expand["PAGES"]
+    return expand | {
         "Z_ROWS": z_rows,
         "Z_COLUMNS": z_columns,
         "NUM_EXPERTS": experts,
@@ -426,6 +434,11 @@ def gate_up_tile(
     counter that they signal, else it is None. See :func:`add_expand` for ``EXPAND_STAGES``.
     """
     NUM_BLOCKS: tl.constexpr = (INTERMEDIATE + BLOCK_N - 1) // BLOCK_N
+    # Slots whose pages are looked up before the product: all that a tile can have, or the first.
+    LANES: tl.constexpr = (
+        BLOCK_M if NUM_ADAPTERS >= BLOCK_M else triton.next_power_of_2(NUM_ADAPTERS)
+    )
+    FIRST_SLOTS: tl.constexpr = LANES if BLOCK_M >= COPY_AHEAD_ROWS else SLOTS
     tile, block = program // NUM_BLOCKS, program % NUM_BLOCKS
     expert = tl.load(tiles_ptr + tile * 3)
     if expert >= 0:
@@ -433,7 +446,8 @@ def gate_up_tile(
         rows = first + tl.arange(0, BLOCK_M)
         inside = rows < end
         columns = block * BLOCK_N + tl.arange(0, BLOCK_N)
-        # Lanes without work repeat valid rows and columns, so that loads need no mask.
+        # Lanes without work repeat valid rows and columns; large tiles do not load such rows.
+        loaded = (inside | (BLOCK_M < COPY_AHEAD_ROWS))[:, None]
         token = tl.load(order_ptr + tl.where(inside, rows, first)) // TOP_K
         column = tl.minimum(columns, INTERMEDIATE - 1)
         depth = tl.arange(0, BLOCK_K)
@@ -451,26 +465,19 @@ def gate_up_tile(
             up_table_ptr += table
             up_z_ptr = z_ptr + Z_ROWS * Z_COLUMNS
             # Looked up before the products, which then hide the wait.
-            slot_adapter, mine = find_adapters(0, adapter, slot, SLOTS)
+            slot_adapter, mine = find_adapters(0, adapter, slot, FIRST_SLOTS)
             gate_row = find_pages(slot_adapter, 0, gate_table_ptr, NUM_EXPERTS, MAX_PAGES, PAGES)
             up_row = find_pages(slot_adapter, 0, up_table_ptr, NUM_EXPERTS, MAX_PAGES, PAGES)
-            if BLOCK_M >= ONE_ADAPTER_ROWS:
-                only = only_adapter(first, end, expert, group_ptr, NUM_ADAPTERS)
-                only_slot = only + tl.zeros([1], tl.int32)
-                only_gate_row = find_pages(
-                    only_slot, 0, gate_table_ptr, NUM_EXPERTS, MAX_PAGES, PAGES
-                )
-                only_up_row = find_pages(only_slot, 0, up_table_ptr, NUM_EXPERTS, MAX_PAGES, PAGES)
         gate = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
         up = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
         for k in range(0, HIDDEN, BLOCK_K):
             if HIDDEN % BLOCK_K == 0:
-                x = tl.load(x_ptrs + k)
+                x = tl.load(x_ptrs + k, mask=loaded, other=0.0)
                 gate_weight = tl.load(gate_ptrs + k)
                 up_weight = tl.load(up_ptrs + k)
             else:
                 left = k + depth < HIDDEN
-                x = tl.load(x_ptrs + k, mask=left[None, :], other=0.0)
+                x = tl.load(x_ptrs + k, mask=loaded & left[None, :], other=0.0)
                 gate_weight = tl.load(gate_ptrs + k, mask=left[:, None], other=0.0)
                 up_weight = tl.load(up_ptrs + k, mask=left[:, None], other=0.0)
             gate = tl.dot(x, gate_weight, gate, input_precision=PRECISION)
@@ -484,33 +491,8 @@ def gate_up_tile(
                 if shrunk_ptr is not None:
                     wait_for(shrunk_ptr, producers)
                 for first_page in tl.static_range(0, MAX_PAGES, PAGES):
-                    gate_z = load_ranks(
-                        rows, adapter, first_page, z_ptr, Z_COLUMNS, PAGES, PAGE_ROWS
-                    )
-                    up_z = load_ranks(
-                        rows, adapter, first_page, up_z_ptr, Z_COLUMNS, PAGES, PAGE_ROWS
-                    )
-                    several = num_slots
-                    if BLOCK_M >= ONE_ADAPTER_ROWS:
-                        if only >= 0:
-                            several = 0
-                            if first_page > 0:
-                                only_gate_row = find_pages(
-                                    only_slot, first_page, gate_table_ptr,
-                                    NUM_EXPERTS, MAX_PAGES, PAGES,
-                                )  # fmt: skip
-                                only_up_row = find_pages(
-                                    only_slot, first_page, up_table_ptr,
-                                    NUM_EXPERTS, MAX_PAGES, PAGES,
-                                )  # fmt: skip
-                            gate, up = expand_both(
-                                gate, up, gate_z, up_z, (adapter >= 0)[:, None], only_gate_row,
-                                only_up_row, columns, gate_b_ptr, up_b_ptr,
-                                INTERMEDIATE, BLOCK_M, 1, PAGES, PAGE_ROWS, PRECISION,
-                            )  # fmt: skip
-                    for first_slot in tl.range(0, several, SLOTS, num_stages=EXPAND_STAGES):
-                        if (EXPAND_STAGES > 1) | (first_slot > 0) | (first_page > 0):
-                            slot_adapter, mine = find_adapters(first_slot, adapter, slot, SLOTS)
+                    if BLOCK_M >= COPY_AHEAD_ROWS:
+                        if first_page > 0:
                             gate_row = find_pages(
                                 slot_adapter, first_page, gate_table_ptr,
                                 NUM_EXPERTS, MAX_PAGES, PAGES,
@@ -519,11 +501,38 @@ def gate_up_tile(
                                 slot_adapter, first_page, up_table_ptr,
                                 NUM_EXPERTS, MAX_PAGES, PAGES,
                             )  # fmt: skip
-                        gate, up = expand_both(
-                            gate, up, gate_z, up_z, mine, gate_row, up_row, columns,
-                            gate_b_ptr, up_b_ptr,
-                            INTERMEDIATE, BLOCK_M, SLOTS, PAGES, PAGE_ROWS, PRECISION,
-                        )  # fmt: skip
+                        for first_slot in tl.range(0, num_slots, SLOTS, num_stages=EXPAND_STAGES):
+                            gate = add_stack(
+                                gate, rows, slot, first_slot, first_page, gate_row, columns, z_ptr,
+                                gate_b_ptr, INTERMEDIATE, Z_COLUMNS, SLOTS, PAGE_ROWS, PRECISION,
+                            )  # fmt: skip
+                            up = add_stack(
+                                up, rows, slot, first_slot, first_page, up_row, columns, up_z_ptr,
+                                up_b_ptr, INTERMEDIATE, Z_COLUMNS, SLOTS, PAGE_ROWS, PRECISION,
+                            )  # fmt: skip
+                    else:
+                        gate_z = load_ranks(
+                            rows, adapter, first_page, z_ptr, Z_COLUMNS, PAGES, PAGE_ROWS
+                        )
+                        up_z = load_ranks(
+                            rows, adapter, first_page, up_z_ptr, Z_COLUMNS, PAGES, PAGE_ROWS
+                        )
+                        for first_slot in tl.range(0, num_slots, SLOTS, num_stages=EXPAND_STAGES):
+                            if (EXPAND_STAGES > 1) | (first_slot > 0) | (first_page > 0):
+                                slot_adapter, mine = find_adapters(first_slot, adapter, slot, SLOTS)
+                                gate_row = find_pages(
+                                    slot_adapter, first_page, gate_table_ptr,
+                                    NUM_EXPERTS, MAX_PAGES, PAGES,
+                                )  # fmt: skip
+                                up_row = find_pages(
+                                    slot_adapter, first_page, up_table_ptr,
+                                    NUM_EXPERTS, MAX_PAGES, PAGES,
+                                )  # fmt: skip
+                            gate, up = expand_both(
+                                gate, up, gate_z, up_z, mine, gate_row, up_row, columns,
+                                gate_b_ptr, up_b_ptr,
+                                INTERMEDIATE, BLOCK_M, SLOTS, PAGES, PAGE_ROWS, PRECISION,
+                            )  # fmt: skip
         hidden = activate(gate, up, ACTIVATION)
         tl.store(
             out_ptr + rows.to(tl.int64)[:, None] * INTERMEDIATE + columns[None, :],
@@ -654,12 +663,18 @@ def down_tile(
 ):
     """One tile of rows and ``BLOCK_N`` hidden columns; see :func:`gate_up_tile`."""
     NUM_BLOCKS: tl.constexpr = (HIDDEN + BLOCK_N - 1) // BLOCK_N
+    # Slots whose pages are looked up before the product: all that a tile can have, or the first.
+    LANES: tl.constexpr = (
+        BLOCK_M if NUM_ADAPTERS >= BLOCK_M else triton.next_power_of_2(NUM_ADAPTERS)
+    )
+    FIRST_SLOTS: tl.constexpr = LANES if BLOCK_M >= COPY_AHEAD_ROWS else SLOTS
     tile, block = program // NUM_BLOCKS, program % NUM_BLOCKS
     expert = tl.load(tiles_ptr + tile * 3)
     if expert >= 0:
         first, end = tl.load(tiles_ptr + tile * 3 + 1), tl.load(tiles_ptr + tile * 3 + 2)
         rows = first + tl.arange(0, BLOCK_M)
         inside = rows < end
+        loaded = (inside | (BLOCK_M < COPY_AHEAD_ROWS))[:, None]
         columns = block * BLOCK_N + tl.arange(0, BLOCK_N)
         row = tl.where(inside, rows, first)
         column = tl.minimum(columns, HIDDEN - 1)
@@ -673,20 +688,16 @@ def down_tile(
             )
             table_ptr += (layer * 2 + 1) * NUM_ADAPTERS * MAX_PAGES * NUM_EXPERTS + expert
             # Looked up before the products, which then hide the wait.
-            slot_adapter, mine = find_adapters(0, adapter, slot, SLOTS)
+            slot_adapter, mine = find_adapters(0, adapter, slot, FIRST_SLOTS)
             pool_row = find_pages(slot_adapter, 0, table_ptr, NUM_EXPERTS, MAX_PAGES, PAGES)
-            if BLOCK_M >= ONE_ADAPTER_ROWS:
-                only = only_adapter(first, end, expert, group_ptr, NUM_ADAPTERS)
-                only_slot = only + tl.zeros([1], tl.int32)
-                only_row = find_pages(only_slot, 0, table_ptr, NUM_EXPERTS, MAX_PAGES, PAGES)
         total = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
         for k in range(0, INTERMEDIATE, BLOCK_K):
             if INTERMEDIATE % BLOCK_K == 0:
-                hidden = tl.load(hidden_ptrs + k)
+                hidden = tl.load(hidden_ptrs + k, mask=loaded, other=0.0)
                 weight = tl.load(weight_ptrs + k)
             else:
                 left = k + depth < INTERMEDIATE
-                hidden = tl.load(hidden_ptrs + k, mask=left[None, :], other=0.0)
+                hidden = tl.load(hidden_ptrs + k, mask=loaded & left[None, :], other=0.0)
                 weight = tl.load(weight_ptrs + k, mask=left[:, None], other=0.0)
             total = tl.dot(hidden, weight, total, input_precision=PRECISION)
         if bias_ptr is not None:
@@ -696,22 +707,24 @@ def down_tile(
             if num_slots > 0:
                 if shrunk_ptr is not None:
                     wait_for(shrunk_ptr, producers)
-                several = num_slots
-                if BLOCK_M >= ONE_ADAPTER_ROWS:
-                    if only >= 0:
-                        several = 0
-                        total = add_expand(
-                            total, rows, adapter, slot, num_slots, (adapter >= 0)[:, None],
-                            only_row, columns, z_ptr, table_ptr, b_ptr,
-                            HIDDEN, NUM_EXPERTS, MAX_PAGES, PAGE_ROWS, Z_COLUMNS, BLOCK_M, 1, PAGES,
-                            PRECISION,
-                        )  # fmt: skip
-                total = add_expand(
-                    total, rows, adapter, slot, several, mine, pool_row, columns,
-                    z_ptr, table_ptr, b_ptr,
-                    HIDDEN, NUM_EXPERTS, MAX_PAGES, PAGE_ROWS, Z_COLUMNS, BLOCK_M, SLOTS, PAGES,
-                    PRECISION, EXPAND_STAGES,
-                )  # fmt: skip
+                if BLOCK_M >= COPY_AHEAD_ROWS:
+                    for first_page in tl.static_range(0, MAX_PAGES, PAGES):
+                        if first_page > 0:
+                            pool_row = find_pages(
+                                slot_adapter, first_page, table_ptr, NUM_EXPERTS, MAX_PAGES, PAGES
+                            )
+                        for first_slot in tl.range(0, num_slots, SLOTS, num_stages=EXPAND_STAGES):
+                            total = add_stack(
+                                total, rows, slot, first_slot, first_page, pool_row, columns, z_ptr,
+                                b_ptr, HIDDEN, Z_COLUMNS, SLOTS, PAGE_ROWS, PRECISION,
+                            )  # fmt: skip
+                else:
+                    total = add_expand(
+                        total, rows, adapter, slot, num_slots, mine, pool_row, columns,
+                        z_ptr, table_ptr, b_ptr,
+                        HIDDEN, NUM_EXPERTS, MAX_PAGES, PAGE_ROWS, Z_COLUMNS, BLOCK_M, SLOTS, PAGES,
+                        PRECISION, EXPAND_STAGES,
+                    )  # fmt: skip
         tl.store(
             out_ptr + rows.to(tl.int64)[:, None] * HIDDEN + columns[None, :],
             total.to(out_ptr.dtype.element_ty),

@@ -35,13 +35,6 @@ def tile_adapters(first, rows, inside, expert, group_ptr, NUM_ADAPTERS: tl.const
 
 
 @triton.jit
-def only_adapter(first, end, expert, group_ptr, NUM_ADAPTERS: tl.constexpr):
-    """The adapter of a tile of rows of one expert if all of them have the same, else -1."""
-    first_group, last_group = tl.load(group_ptr + first), tl.load(group_ptr + end - 1)
-    return tl.where(first_group == last_group, first_group - expert * (NUM_ADAPTERS + 1) - 1, -1)
-
-
-@triton.jit
 def find_adapters(first_slot, adapter, slot, SLOTS: tl.constexpr):
     """``SLOTS`` adapters of a tile, -1 past the last, and the rows of each: ``[rows, SLOTS]``."""
     mine = slot[:, None] == (first_slot + tl.arange(0, SLOTS))[None, :]
@@ -171,6 +164,52 @@ def add_expand(
                 stacked = stack_ranks(z, mine, pool_row, ROWS, SLOTS, PAGES, PAGE_ROWS)
                 total = tl.dot(stacked, b, total, input_precision=PRECISION)
     return total
+
+
+@triton.jit
+def add_stack(
+    total,
+    rows,
+    slot,
+    first_slot,
+    first_page,
+    pool_rows,
+    columns,
+    z_ptr,
+    pool_ptr,
+    WIDTH: tl.constexpr,
+    Z_COLUMNS: tl.constexpr,
+    SLOTS: tl.constexpr,
+    PAGE_ROWS: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """``total + z · B`` for ``SLOTS`` adapters from ``first_slot`` on, as a step of a loop.
+
+    Both factors are copied to shared memory as they are, so a loop of such steps copies ahead like
+    that of a product. ``pool_rows [slots, pages]`` are those of all adapters of the tile. Rank
+    activations of pages that do not exist must be zero.
+    """
+    PAGES: tl.constexpr = pool_rows.shape[1]
+    LAST: tl.constexpr = pool_rows.shape[0] * PAGES - 1
+    stacked = tl.arange(0, SLOTS * PAGES * PAGE_ROWS)
+    # Division and remainder tell the compiler that numbers next to each other have one mask.
+    own = slot[:, None] == (stacked // (PAGES * PAGE_ROWS) + first_slot)[None, :]
+    rank = stacked % (PAGES * PAGE_ROWS) + first_page * PAGE_ROWS
+    z = tl.load(
+        z_ptr + rows[:, None] * Z_COLUMNS + rank[None, :],
+        mask=own & (rank < Z_COLUMNS)[None, :],
+        other=0.0,
+    )
+    page = tl.minimum(stacked // PAGE_ROWS + first_slot * PAGES, LAST)
+    pool_row = tl.gather(tl.reshape(pool_rows, [LAST + 1]), page, 0)
+    b = tl.load(
+        pool_ptr
+        + (pool_row.to(tl.int64) * PAGE_ROWS + stacked % PAGE_ROWS)[:, None] * WIDTH
+        + columns[None, :],
+        mask=(pool_row >= 0)[:, None] & (columns < WIDTH)[None, :],
+        other=0.0,
+    )
+    return tl.dot(z, b, total, input_precision=PRECISION)
 
 
 @triton.jit
