@@ -101,7 +101,7 @@ TILES = (
     MoeTiles(16, PRODUCTS, PRODUCTS),
     MoeTiles(16, *[replace(PRODUCTS, shrink=RUNS)] * 2),
 )
-#: Rows enough that a tile of one adapter is treated apart.
+#: Rows enough that pages are copied ahead.
 PROMPT_TILES = MoeTiles(64, *[replace(PRODUCTS, shrink=RUNS)] * 2)
 
 #: One or several tiles of rows, whose sums one program has or several share.
@@ -485,9 +485,11 @@ def main() -> None:
         check_layer(shape, "float16", shape.tokens // 2, TILES[0])
     # Padding alone.
     check_layer(SHAPES[2], "float32", 0, TILES[0])
-    # Tiles of one adapter, and of several; one page, and more than are multiplied at once.
-    for max_pages, assignment in ((1, "one"), (5, "one"), (3, "runs")):
-        shape = Shape(130, 1, 1, 20, 24, 2, max_pages)
+    # Tiles of one adapter, and of several; fewer pages, and more, than are multiplied at once.
+    for adapters, max_pages, assignment in (
+        (2, 1, "one"), (2, 5, "one"), (2, 3, "runs"), (10, 1, "mixed"), (40, 2, "mixed"),
+    ):  # fmt: skip
+        shape = Shape(130, 1, 1, 20, 24, adapters, max_pages)
         spec = LayerSpec(shape, num_tokens=129, assignment=assignment)  # type: ignore[arg-type]
         check_case(LayerCase(spec), PROMPT_TILES)
     for shape in DENSE_SHAPES:
