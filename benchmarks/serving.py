@@ -79,6 +79,7 @@ def serving(options: argparse.Namespace, cache: Path, log: Path) -> Iterator[Ser
     command += ["--max-adapters", str(options.adapters_on_device)]
     command += ["--max-running", str(options.max_running), "--max-length", "1024"]
     command += ["--max-batch-tokens", str(options.max_batch_tokens)]
+    command += ["--memory-fraction", str(options.memory_fraction)]
     environment = os.environ | {
         "MOELORA_ADMIN_KEY": ADMIN_KEY,
         "JAX_COMPILATION_CACHE_DIR": str(cache),
@@ -220,6 +221,7 @@ def main() -> None:
     parser.add_argument("--adapters-on-device", type=int, default=16)
     parser.add_argument("--max-running", type=int, default=64)
     parser.add_argument("--max-batch-tokens", type=int, default=1024)
+    parser.add_argument("--memory-fraction", type=float, default=0.9)
     parser.add_argument("--churn-pause", type=float, default=0.5, help="mean seconds between")
     parser.add_argument("--starts", type=int, default=2, help="of the server; the first is loaded")
     parser.add_argument("--programs", type=Path, help="compilation cache; a new one unless given")
