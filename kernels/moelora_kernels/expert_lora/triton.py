@@ -431,7 +431,7 @@ def gate_up_tile(
     """One tile of rows and ``BLOCK_N`` intermediate columns.
 
     Where ``producers`` programs of the launch make the rank activations, ``shrunk_ptr`` is the
-    counter that they signal, else it is None. See :func:`add_expand` for ``EXPAND_STAGES``.
+    counter that they signal, else it is None. ``EXPAND_STAGES`` is of the loop over adapters.
     """
     NUM_BLOCKS: tl.constexpr = (INTERMEDIATE + BLOCK_N - 1) // BLOCK_N
     # Slots whose pages are looked up before the product: all that a tile can have, or the first.
