@@ -491,8 +491,9 @@ def main() -> None:
     triton_one_token.SHRINK_COLUMNS = 4
     triton_one_token.MANY_PROGRAMS = triton_one_token.MANY_PROGRAMS._replace(shrink_part=16)
     check_layer(SHAPES[1], "float32", None, TILES[0])
-    # Padding alone.
+    # Padding alone; large tiles.
     check_layer(SHAPES[2], "float32", 0, TILES[0])
+    check_layer(SHAPES[3], "float32", None, replace(TILES[0], tile_rows=32))
     # Tiles of one adapter, and of several; fewer pages, and more, than are multiplied at once.
     for adapters, max_pages, assignment in (
         (2, 1, "one"), (2, 5, "one"), (2, 3, "runs"), (10, 1, "mixed"), (40, 2, "mixed"),

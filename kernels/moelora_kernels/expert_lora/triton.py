@@ -171,10 +171,7 @@ def _product(
     programs = num_tiles * triton.cdiv(shape.shape[1], tiles.block_n)
     constants |= product_constants(x, tiles, tile_rows, experts, lora.sites, z)
     constants |= {"PRODUCERS": producers, "PROGRAMS": programs, "SIGNALS": SIGNALS[0]}
-    # Few rows have few steps to copy ahead for. A step of gate and up copies one tile more than a
-    # step of their product.
-    ahead = tiles.num_stages - 1 if tile_rows >= COPY_AHEAD_ROWS.value else 2 - (producers > 0)
-    constants["EXPAND_STAGES"] = max(ahead, 1)
+    constants["EXPAND_STAGES"] = expand_stages(tiles, tile_rows, few_rows=producers > 0)
     grid = (producers + programs,)
     how = Launch(grid, num_warps=tiles.num_warps, num_stages=tiles.num_stages)
     if producers == 0:
@@ -183,6 +180,14 @@ def _product(
     target = given_or_new(out, shape.shape, shape.dtype)
     launch(kernel, (*inputs, *arrays), (), [z, signals, target], how, **constants)
     return target[...] if out is None else out
+
+
+def expand_stages(tiles: GemmTiles, tile_rows: int, *, few_rows: bool) -> int:
+    """Steps of what adapters add that are on their way at once: few rows have few steps."""
+    if tile_rows < COPY_AHEAD_ROWS.value:
+        return 1 if few_rows else 2
+    # A step of gate and up copies one tile more than a step of their product.
+    return max(tiles.num_stages - 1, 1)
 
 
 def product_constants(
