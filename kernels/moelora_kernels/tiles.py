@@ -42,17 +42,30 @@ def max_tiles(rows: int, groups: int, tile_rows: int) -> int:
     return rows // tile_rows + min(rows, groups)
 
 
-def group_tiles(counts: Array, tile_rows: int, num_tiles: int) -> tuple[Array, Array, Array]:
+def even_tile_rows(counts: Array, tile_rows: int) -> Array:
+    """Rows of a full tile of each group, int32 ``[groups]``, multiples of 16.
+
+    There are as many tiles as if they had ``tile_rows`` rows, but of about equal size.
+    """
+    tiles = jnp.maximum(-(-counts // tile_rows), 1)
+    even = -(-counts // tiles)
+    return jnp.clip(-(-even // 16) * 16, 1, tile_rows)
+
+
+def group_tiles(
+    counts: Array, tile_rows: int | Array, num_tiles: int
+) -> tuple[Array, Array, Array]:
     """Cut consecutive groups of rows into tiles that span one group each.
 
     Args:
         counts: int32 ``[groups]``, rows of each group; the groups lie one after another.
-        tile_rows: rows of a full tile.
+        tile_rows: rows of a full tile, or of a full tile of each group.
         num_tiles: entries of the map, at least the sum of ``ceil(counts / tile_rows)``.
 
     Returns:
         group, first row and end row of each tile, int32 ``[num_tiles]`` each; -1 in unused entries.
     """
+    tile_rows = jnp.broadcast_to(tile_rows, counts.shape)
     group_end = jnp.cumsum(counts, dtype=jnp.int32)
     tiles_of_group = -(-counts // tile_rows)
     tile_end = jnp.cumsum(tiles_of_group, dtype=jnp.int32)
@@ -63,8 +76,8 @@ def group_tiles(counts: Array, tile_rows: int, num_tiles: int) -> tuple[Array, A
     used = group < counts.shape[0]
     group = jnp.where(used, group, 0)
     first_tile = tile_end[group] - tiles_of_group[group]
-    first = group_end[group] - counts[group] + (tile - first_tile) * tile_rows
-    end = jnp.minimum(first + tile_rows, group_end[group])
+    first = group_end[group] - counts[group] + (tile - first_tile) * tile_rows[group]
+    end = jnp.minimum(first + tile_rows[group], group_end[group])
     return jnp.where(used, group, -1), jnp.where(used, first, -1), jnp.where(used, end, -1)
 
 

@@ -10,7 +10,7 @@ from jax import Array
 PAGE_ROWS = 16
 
 #: Rows past the last pair that a kernel may read of a buffer of rank activations.
-RANK_PADDING = 159
+RANK_PADDING = 175
 
 #: Shape of the int32 counters by which programs of one launch wait for each other. They are zero
 #: before and after every launch.

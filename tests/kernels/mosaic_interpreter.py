@@ -18,7 +18,7 @@ from moelora_kernels.tuning.tiles import MoeTiles, MosaicTiles
 from tests.kernels.cases import Shape
 from tests.kernels.triton_interpreter import RUNS, check_layer, interpret
 
-#: The one expert has a full tile of 96 rows, and one of fewer, which a smaller program multiplies.
+#: The one expert has a tile of 80 rows, and one of 52, which a smaller loop multiplies.
 #: The widths are no multiples of a block of columns.
 SHAPE = Shape(132, 1, 1, 192, 192, 5, 2)
 

@@ -25,7 +25,7 @@ pytestmark = [pytest.mark.gpu, pytest.mark.skipif("not is_hopper()", reason="nee
 #: a tile: there are fewer rows than one load has, in the buffers too.
 SHAPES = {
     "less than a tile": (cases.Shape(33, 2, 6, 320, 192, 10, 4), 96),
-    "several tiles": (cases.Shape(700, 4, 8, 320, 192, 16, 2), 144),
+    "several tiles": (cases.Shape(700, 4, 8, 320, 192, 16, 2), 176),
     "rank 128": (cases.Shape(300, 4, 16, 192, 320, 4, 8), 48),
     "64 adapters": (cases.Shape(520, 2, 4, 192, 192, 64, 1), 80),
 }

@@ -110,6 +110,16 @@ def assert_tiles(
     assert used == sum(-(-groups.count(group) // tile_rows) for group in set(groups))
 
 
+def test_tiles_of_an_expert_are_about_equal() -> None:
+    """Not full ones and a rest, which would keep one processor waiting for another."""
+    experts = jnp.array([[0]] * 300 + [[1]] * 20 + [[3]] * 144, jnp.int32)
+    sort = sort_tokens(experts, None, jnp.int32(464), num_experts=4, num_adapters=0, tile_rows=144)
+    sizes = [
+        (expert, end - first) for expert, first, end in sort.expert_tiles.tolist() if expert >= 0
+    ]
+    assert sizes == [(0, 112), (0, 112), (0, 76), (1, 20), (3, 144)]
+
+
 @settings(max_examples=80)
 @given(case=sort_cases())
 def test_order_and_tiles(case: SortCase) -> None:

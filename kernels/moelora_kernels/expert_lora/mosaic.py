@@ -7,7 +7,7 @@ present one is still multiplied and stored.
 
 ``wgmma`` has 64 rows at least, and any number of columns that eight divides. So the matrices of the
 experts are its first factor, 128 of their rows for each of the two warpgroups, and the rows of the
-batch its second: few empty rows are multiplied, and weights are loaded once for up to 160 rows. The
+batch its second: few empty rows are multiplied, and weights are loaded once for up to 176 rows. The
 sums lie the other way around, which the stores to shared memory put right.
 
 LoRA is more steps of the same sums, before the others: those of gate, then those of up. In such a
@@ -49,12 +49,12 @@ BLOCK = 64
 #: Blocks of columns of one tile, and those of a warpgroup.
 BLOCKS = 4
 GROUP_BLOCKS = BLOCKS // GROUPS
-#: Rows of a tile of the sort: a multiple of 16 up to so many. There is a program for each size in
-#: steps of 32, so that few empty rows are multiplied.
-MAX_TILE_ROWS = 160
-SIZE_STEP = 32
-#: Rows that a warpgroup stores at a time.
-STORE_ROWS = 64
+#: Rows of a tile of the sort: a multiple of 16 up to so many. There is a loop of products for each
+#: size in these steps, so that few empty rows are multiplied.
+MAX_TILE_ROWS = 176
+SIZE_STEP = 16
+#: Rows that a warpgroup stores at a time; fewer where that makes room for one more slot.
+STORE_ROWS = (64, 32)
 #: Bytes of shared memory for the slots and for the rows that are stored.
 SHARED_MEMORY = 224 * 1024
 #: Pages that are multiplied in one step.
@@ -262,10 +262,14 @@ def grouped_product(
     num_tiles = max_tiles(pairs, experts, tile_rows)
     order = min(tiles.order, num_tiles)
     num_items = pl.cdiv(num_tiles, order) * order * num_blocks
-    # The slots of the ring are as many as fit beside the rows that are stored.
     slot_bytes = (max(tile_rows, BLOCK) + BLOCKS * BLOCK) * BLOCK * rows.dtype.itemsize
-    store_bytes = GROUPS * STORE_ROWS * BLOCK * rows.dtype.itemsize
-    stages = (SHARED_MEMORY - store_bytes) // slot_bytes
+
+    def slots_beside(stored_rows: int) -> int:
+        store_bytes = GROUPS * stored_rows * BLOCK * rows.dtype.itemsize
+        return (SHARED_MEMORY - store_bytes) // slot_bytes
+
+    stored_rows = max(STORE_ROWS, key=slots_beside)
+    stages = slots_beside(stored_rows)
     # Rank activations are spread over so many rows at a time.
     smem_rows = max(tile_rows, BLOCK) if sites else tile_rows
     # Rows that there are programs for.
@@ -447,24 +451,6 @@ def grouped_product(
         def multiply(
             tile: Array, expert: Array, first: Array, end: Array, block: Array, before: Array
         ) -> Array:
-            return lax.switch(
-                size_of(first, end),
-                [
-                    functools.partial(multiply_size, size, tile, expert, first, end, block)
-                    for size in sizes
-                ],
-                before,
-            )
-
-        def multiply_size(
-            size: int,
-            tile: Array,
-            expert: Array,
-            first: Array,
-            end: Array,
-            block: Array,
-            before: Array,
-        ) -> Array:
             # Where the LoRA steps of each part end.
             ends = [
                 before + lora_refs[0][tile, (part + 1) * max_pages - 1]
@@ -474,63 +460,17 @@ def grouped_product(
             after = begin + num_depth_steps
             mine = [GROUP_BLOCKS * warpgroup + number for number in range(GROUP_BLOCKS)]
 
-            def with_bias(value: Array, part: int, column: Array) -> Array:
-                if not bias_refs:
-                    return value
-                # Columns past the last are not stored.
-                begin = ((layer * experts + expert) * parts + part) * width
-                begin += jnp.minimum(column, width - BLOCK)
-                numbers = plgpu.load(
-                    bias_refs[0].at[pl.ds(pl.multiple_of(begin, 8), BLOCK)],
-                    layout=plgpu.Layout.WGMMA.reduce(1),
-                    optimized=False,
-                )
-                return value + lax.broadcast_in_dim(numbers.astype(jnp.float32), value.shape, (0,))
-
-            def store(values: Sequence[Array], column: Array) -> None:
-                values = [with_bias(value, part, column) for part, value in enumerate(values)]
-                value = values[0]
-                if activation is not None:
-                    value = activate(value, values[1], activation)
-                value = value.astype(rows.dtype)
-                for chunk in range(0, size, STORE_ROWS):
-                    num_stored = min(STORE_ROWS, size - chunk)
-                    # The store before has been read.
-                    plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-                    out_written.at[warpgroup, pl.ds(0, num_stored)].T[...] = value[
-                        :, chunk : chunk + num_stored
-                    ]
-                    plgpu.commit_smem()
-                    num_rows = jnp.clip(end - first - chunk, 0, STORE_ROWS)
-                    store_rows(num_rows, first + chunk, column)
-
-            def store_rows(num_rows: Array, first: Array, column: Array) -> None:
-                # A copy has a fixed number of rows, so there is one for each power of two.
-                start: Any = 0
-                size = STORE_ROWS
-                while size:
-
-                    @pl.when((num_rows & size) != 0)
-                    def _(start: Any = start, size: int = size) -> None:
-                        plgpu.copy_smem_to_gmem(
-                            out_smem.at[warpgroup, pl.ds(start, size)],
-                            out_ref.at[pl.ds(first + start, size), pl.ds(column, BLOCK)],
-                            commit_group=False,
-                        )
-
-                    start += num_rows & size
-                    size //= 2
-                plgpu.commit_smem_to_gmem_group()
-
             def sums(*totals: Any) -> list[Array]:
-                def step(barriers: Any, numbers: Sequence[int], transposed: bool = False) -> Any:
+                def step(
+                    size: int, barriers: Any, numbers: Sequence[int], transposed: bool = False
+                ) -> Any:
                     def run(number: Array, _: None) -> None:
                         slot = slot_of(number)
                         plgpu.barrier_wait(barriers.at[slot])
                         for own in numbers:
                             matrix = weight_smem.at[slot, mine[own]]
                             plgpu.wgmma(
-                                totals[own],
+                                totals[own].at[:, pl.ds(0, size)],
                                 matrix.T if transposed else matrix,
                                 rows_smem.at[slot, pl.ds(0, size)].T,
                             )
@@ -543,23 +483,82 @@ def grouped_product(
 
                     return run
 
+                # LoRA steps are few, so that they have all rows of a tile, be they there or not.
                 start = before
                 for part, stop in enumerate(ends):
                     numbers = [n for n in range(GROUP_BLOCKS) if blocks[n][0] == part]
-                    lax.fori_loop(start, stop, step(lora_scratch[0], numbers, True), None)
+                    run = step(tile_rows, lora_scratch[0], numbers, True)
+                    lax.fori_loop(start, stop, run, None)
                     start = stop
-                lax.fori_loop(begin, after, step(loaded, range(GROUP_BLOCKS)), None)
+
+                def add_steps(size: int) -> None:
+                    lax.fori_loop(begin, after, step(size, loaded, range(GROUP_BLOCKS)), None)
+                    plgpu.wgmma_wait(0)
+
+                lax.switch(size_of(first, end), [functools.partial(add_steps, n) for n in sizes])
                 return [total[...] for total in totals]
 
-            totals = pl.run_scoped(sums, *[plgpu.ACC((BLOCK, size))] * GROUP_BLOCKS)
+            totals = pl.run_scoped(sums, *[plgpu.ACC((BLOCK, tile_rows))] * GROUP_BLOCKS)
             plgpu.barrier_arrive(used.at[slot_of(after - 1)])
             column = block * columns + warpgroup * (columns // GROUPS)
             if parts == 2:
-                store(totals, column)
+                store(expert, first, end, column, totals)
             else:
                 for number, total in enumerate(totals):
-                    store([total], column + number * BLOCK)
+                    store(expert, first, end, column + number * BLOCK, [total])
             return after
+
+        def store(
+            expert: Array, first: Array, end: Array, column: Array, totals: Sequence[Array]
+        ) -> None:
+            """Store a block of columns, of which there are sums of each part."""
+            biases = [load_bias(expert, part, column) for part in range(parts if bias_refs else 0)]
+            for chunk in range(0, tile_rows, stored_rows):
+                size = min(stored_rows, tile_rows - chunk)
+
+                @pl.when(chunk < end - first)
+                def store_chunk(chunk: int = chunk, size: int = size) -> None:
+                    values = [total[:, chunk : chunk + size] for total in totals]
+                    for part, bias in enumerate(biases):
+                        values[part] += lax.broadcast_in_dim(bias, (BLOCK, size), (0,))
+                    value = values[0]
+                    if activation is not None:
+                        value = activate(value, values[1], activation)
+                    # The store before has been read.
+                    plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+                    out_written.at[warpgroup, pl.ds(0, size)].T[...] = value.astype(rows.dtype)
+                    plgpu.commit_smem()
+                    num_rows = jnp.minimum(end - first - chunk, size)
+                    copy_rows(num_rows, first + chunk, column)
+
+        def load_bias(expert: Array, part: int, column: Array) -> Array:
+            # Columns past the last are not stored.
+            begin = ((layer * experts + expert) * parts + part) * width
+            begin += jnp.minimum(column, width - BLOCK)
+            numbers = plgpu.load(
+                bias_refs[0].at[pl.ds(pl.multiple_of(begin, 8), BLOCK)],
+                layout=plgpu.Layout.WGMMA.reduce(1),
+                optimized=False,
+            )
+            return numbers.astype(jnp.float32)
+
+        def copy_rows(num_rows: Array, first: Array, column: Array) -> None:
+            # A copy has a fixed number of rows, so there is one for each power of two.
+            start: Any = 0
+            size = stored_rows
+            while size:
+
+                @pl.when((num_rows & size) != 0)
+                def _(start: Any = start, size: int = size) -> None:
+                    plgpu.copy_smem_to_gmem(
+                        out_smem.at[warpgroup, pl.ds(start, size)],
+                        out_ref.at[pl.ds(first + start, size), pl.ds(column, BLOCK)],
+                        commit_group=False,
+                    )
+
+                start += num_rows & size
+                size //= 2
+            plgpu.commit_smem_to_gmem_group()
 
         @pl.when(warpgroup == GROUPS)
         def _load_all() -> None:
@@ -582,7 +581,7 @@ def grouped_product(
         (number % 2, number // 2 * BLOCK) if parts == 2 else (0, number * BLOCK)
         for number in range(BLOCKS)
     ]
-    row_tile, out_tile = (stages, smem_rows, BLOCK), (GROUPS, STORE_ROWS, BLOCK)
+    row_tile, out_tile = (stages, smem_rows, BLOCK), (GROUPS, stored_rows, BLOCK)
 
     def views(shape: tuple[int, ...]) -> Any:
         """Two views of the same memory.

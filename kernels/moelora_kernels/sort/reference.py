@@ -3,7 +3,7 @@
 import jax.numpy as jnp
 from jax import Array
 
-from moelora_kernels.tiles import group_tiles
+from moelora_kernels.tiles import even_tile_rows, group_tiles
 
 
 def sort_tokens(
@@ -39,7 +39,8 @@ def sort_tokens(
 
     counts = jnp.zeros(last + 1, jnp.int32).at[group].add(1)[:last]
     by_expert = counts.reshape(num_experts, groups_per_expert)
-    expert_tiles = group_tiles(by_expert.sum(axis=1, dtype=jnp.int32), tile_rows, num_expert_tiles)
+    of_expert = by_expert.sum(axis=1, dtype=jnp.int32)
+    expert_tiles = group_tiles(of_expert, even_tile_rows(of_expert, tile_rows), num_expert_tiles)
 
     run_tiles = _run_tiles(by_expert, tile_rows, num_run_tiles)
     return order, row_of_pair, jnp.stack(expert_tiles, axis=1), run_tiles, group_of_row

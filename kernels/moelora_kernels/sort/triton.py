@@ -17,11 +17,11 @@ from moelora_kernels.types import TokenSort
 #: Pairs up to which every pair is compared with every other.
 MAX_COUNTED_PAIRS = 4096
 #: Pairs of one block of the form for large batches.
-BLOCK_PAIRS = 512
+BLOCK_PAIRS = 1024
 #: Blocks of which a pair adds up the numbers; there are no more, but larger ones.
-MAX_BLOCKS = 128
+MAX_BLOCKS = 64
 #: Groups that a program counts at once there.
-BLOCK_GROUPS = 128
+BLOCK_GROUPS = 1024
 #: Pairs that a program places there.
 PART_PAIRS = 32
 
@@ -55,8 +55,7 @@ def sort_tokens(
         results = launch(sort_by_counting, inputs, outputs, refs, how, **constants)
     else:
         block = max(BLOCK_PAIRS, triton.next_power_of_2(triton.cdiv(pairs, MAX_BLOCKS)))
-        # A power of two, so that loads are wide. Blocks past the last pair have none.
-        blocks = triton.next_power_of_2(triton.cdiv(pairs, block))
+        blocks = triton.cdiv(pairs, block)
         shared = {
             "PAIRS": pairs,
             "TOP_K": top_k,
@@ -79,12 +78,14 @@ def sort_tokens(
             (*inputs, *counts),
             outputs,
             refs,
-            Launch((triton.cdiv(pairs, PART_PAIRS) + 1,), num_warps=8),
+            Launch((blocks * (block // PART_PAIRS) + 1,), num_warps=8),
             NUM_EXPERTS=num_experts,
             TILE_ROWS=tile_rows,
             NUM_TILES=num_tiles,
             EXPERTS_POW2=constants["EXPERTS_POW2"],
             PART=PART_PAIRS,
+            CHUNK=min(block, 512),
+            BLOCKS_POW2=triton.next_power_of_2(blocks),
             **shared,
         )
     named = dict(zip(arrays, results, strict=True))
@@ -149,19 +150,24 @@ def write_expert_tiles(
     NUM_TILES: tl.constexpr,
     EXPERTS_POW2: tl.constexpr,
 ):
-    """Cut ``counts[e]`` consecutive rows of each expert into tiles, and mark the unused entries."""
+    """Cut ``counts[e]`` consecutive rows of each expert into tiles, and mark the unused entries.
+
+    An expert has as few tiles as can be, of about equal size, a multiple of 16.
+    """
     expert = tl.arange(0, EXPERTS_POW2)
     end = tl.cumsum(counts, 0)
     first = end - counts
     tiles = (counts + TILE_ROWS - 1) // TILE_ROWS
+    even = tl.cdiv(counts, tl.maximum(tiles, 1))
+    tile_rows = tl.minimum((even + 15) // 16 * 16, TILE_ROWS)
     first_tile = tl.cumsum(tiles, 0) - tiles
     for number in range(0, tl.max(tiles, 0)):
         entry = tiles_ptr + (first_tile + number) * 3
         used = number < tiles
-        tile_first = first + number * TILE_ROWS
+        tile_first = first + number * tile_rows
         tl.store(entry, expert, mask=used)
         tl.store(entry + 1, tile_first, mask=used)
-        tl.store(entry + 2, tl.minimum(tile_first + TILE_ROWS, end), mask=used)
+        tl.store(entry + 2, tl.minimum(tile_first + tile_rows, end), mask=used)
     fields = tl.arange(0, 1024)
     for start in range(tl.sum(tiles, 0) * 3, NUM_TILES * 3, 1024):
         tl.store(tiles_ptr + start + fields, -1, mask=start + fields < NUM_TILES * 3)
@@ -289,17 +295,19 @@ def place_pairs(
     EXPERTS_POW2: tl.constexpr,
     GROUPS: tl.constexpr,
     BLOCKS: tl.constexpr,
+    BLOCKS_POW2: tl.constexpr,
     BLOCK: tl.constexpr,
     PART: tl.constexpr,
+    CHUNK: tl.constexpr,
 ):
     """Programs place ``PART`` pairs of a block each; the first writes the tile map instead."""
     num_tokens = tl.load(num_tokens_ptr)
-    any_block = tl.arange(0, BLOCKS)
+    any_block = tl.arange(0, BLOCKS_POW2)
     if tl.program_id(0) == 0:
         expert = tl.arange(0, EXPERTS_POW2)
         # An expert's rows end with those of its last adapter.
         last_group = expert * (NUM_ADAPTERS + 1) + NUM_ADAPTERS
-        used = (expert < NUM_EXPERTS)[:, None]
+        used = (expert < NUM_EXPERTS)[:, None] & (any_block < BLOCKS)[None, :]
         up_to_ptrs = counts_ptr + last_group[:, None] * BLOCKS + any_block[None, :]
         up_to = tl.load(up_to_ptrs, mask=used, other=0)
         up_to_last = tl.load(
@@ -315,22 +323,20 @@ def place_pairs(
             pair, experts_ptr, adapters_ptr, num_tokens, PAIRS, TOP_K, NUM_ADAPTERS, GROUPS
         )
         real = group < GROUPS
-        # Before a pair come those of earlier groups, and those of its group in earlier blocks. Its
-        # own block is counted by comparing. Whole lines are loaded, since such loads are wide.
-        line_ptrs = counts_ptr + group[:, None] * BLOCKS + any_block[None, :]
-        line = tl.load(line_ptrs, mask=real[:, None], other=0)
-        earlier = tl.load(line_ptrs - BLOCKS, mask=(real & (group > 0))[:, None], other=0)
-        number = any_block[None, :]
-        counts = tl.where(number < block, line, tl.where(number > block, earlier, 0))
-        in_block = tl.arange(0, BLOCK)
-        other_group = group_of_pairs(
-            block * BLOCK + in_block,
-            experts_ptr, adapters_ptr, num_tokens, PAIRS, TOP_K, NUM_ADAPTERS, GROUPS,
-        )  # fmt: skip
-        key, other_key = group * BLOCK + pair % BLOCK, other_group * BLOCK + in_block
-        before = tl.sum((other_key[None, :] < key[:, None]).to(tl.int32), 1)
+        # Before a pair come those of its group in earlier blocks, and those of earlier groups.
+        last = group[:, None] - (any_block >= block).to(tl.int32)[None, :]
+        inside = (real[:, None] & (last >= 0)) & (any_block < BLOCKS)[None, :]
+        counts = tl.load(counts_ptr + last * BLOCKS + any_block[None, :], mask=inside, other=0)
+        before = tl.zeros([PART, CHUNK], tl.int32)
+        for start in tl.static_range(0, BLOCK, CHUNK):
+            other = block * BLOCK + start + tl.arange(0, CHUNK)
+            other_group = group_of_pairs(
+                other, experts_ptr, adapters_ptr, num_tokens, PAIRS, TOP_K, NUM_ADAPTERS, GROUPS
+            )
+            earlier = other[None, :] < pair[:, None]
+            before += (earlier & (other_group[None, :] == group[:, None])).to(tl.int32)
         # Padding comes last in the batch, so it keeps its place.
-        row = tl.where(real, tl.sum(counts, 1) + before, pair)
+        row = tl.where(real, tl.sum(counts, 1) + tl.sum(before, 1), pair)
         write_pairs(
             pair,
             row,
