@@ -478,13 +478,22 @@ def main() -> None:
         triton_shrink.STACK_PAGES = stack_pages
         for shrink_tiles in SHRINKS:
             check_shrink(LayerCase(spec), shrink_tiles)
+    # One token: several programs share the columns of a page.
+    few = triton_one_token.FEW_PROGRAMS
+    triton_one_token.FEW_PROGRAMS = few._replace(shrink_part=16)
     # The interpreter cannot multiply bfloat16.
     for shape in SHAPES:
         for tiles in TILES if shape.tokens > 1 else TILES[:1]:
             check_layer(shape, "float32", None, tiles, bias=shape.tokens == 1)
         check_layer(shape, "float16", shape.tokens // 2, TILES[0])
-    # Padding alone.
+    # One token's tiles of many programs, and parts of several steps.
+    triton_one_token.ONE_WAVE, triton_one_token.MAX_PARTS = 0, 1
+    triton_one_token.SHRINK_COLUMNS = 4
+    triton_one_token.MANY_PROGRAMS = triton_one_token.MANY_PROGRAMS._replace(shrink_part=16)
+    check_layer(SHAPES[1], "float32", None, TILES[0])
+    # Padding alone; large tiles.
     check_layer(SHAPES[2], "float32", 0, TILES[0])
+    check_layer(SHAPES[3], "float32", None, replace(TILES[0], tile_rows=32))
     # Tiles of one adapter, and of several; fewer pages, and more, than are multiplied at once.
     for adapters, max_pages, assignment in (
         (2, 1, "one"), (2, 5, "one"), (2, 3, "runs"), (10, 1, "mixed"), (40, 2, "mixed"),

@@ -171,10 +171,7 @@ def _product(
     programs = num_tiles * triton.cdiv(shape.shape[1], tiles.block_n)
     constants |= product_constants(x, tiles, tile_rows, experts, lora.sites, z)
     constants |= {"PRODUCERS": producers, "PROGRAMS": programs, "SIGNALS": SIGNALS[0]}
-    # Few rows have few steps to copy ahead for. A step of gate and up copies one tile more than a
-    # step of their product.
-    ahead = tiles.num_stages - 1 if tile_rows >= COPY_AHEAD_ROWS.value else 2 - (producers > 0)
-    constants["EXPAND_STAGES"] = max(ahead, 1)
+    constants["EXPAND_STAGES"] = expand_stages(tiles, tile_rows, few_rows=producers > 0)
     grid = (producers + programs,)
     how = Launch(grid, num_warps=tiles.num_warps, num_stages=tiles.num_stages)
     if producers == 0:
@@ -183,6 +180,14 @@ def _product(
     target = given_or_new(out, shape.shape, shape.dtype)
     launch(kernel, (*inputs, *arrays), (), [z, signals, target], how, **constants)
     return target[...] if out is None else out
+
+
+def expand_stages(tiles: GemmTiles, tile_rows: int, *, few_rows: bool) -> int:
+    """Steps of what adapters add that are on their way at once: few rows have few steps."""
+    if tile_rows < COPY_AHEAD_ROWS.value:
+        return 1 if few_rows else 2
+    # A step of gate and up copies one tile more than a step of their product.
+    return max(tiles.num_stages - 1, 1)
 
 
 def product_constants(
@@ -431,7 +436,7 @@ def gate_up_tile(
     """One tile of rows and ``BLOCK_N`` intermediate columns.
 
     Where ``producers`` programs of the launch make the rank activations, ``shrunk_ptr`` is the
-    counter that they signal, else it is None. See :func:`add_expand` for ``EXPAND_STAGES``.
+    counter that they signal, else it is None. ``EXPAND_STAGES`` is of the loop over adapters.
     """
     NUM_BLOCKS: tl.constexpr = (INTERMEDIATE + BLOCK_N - 1) // BLOCK_N
     # Slots whose pages are looked up before the product: all that a tile can have, or the first.

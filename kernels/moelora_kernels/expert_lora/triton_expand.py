@@ -2,7 +2,8 @@
 
 Pages of several adapters of the tile are stacked along K, and the rank activations z are masked so
 that each row meets the pages of its own adapter only. Rows without an adapter meet none: zeros are
-added to their sums, which keeps them bitwise.
+added to their sums, which keeps them bitwise. Tiles of few rows mask z in registers
+(:func:`add_expand`), those of many as they copy it (:func:`add_stack`).
 """
 
 import triton
@@ -200,6 +201,7 @@ def add_stack(
         mask=own & (rank < Z_COLUMNS)[None, :],
         other=0.0,
     )
+    # Slots past the last have no rows, so any page does for them.
     page = tl.minimum(stacked // PAGE_ROWS + first_slot * PAGES, LAST)
     pool_row = tl.gather(tl.reshape(pool_rows, [LAST + 1]), page, 0)
     b = tl.load(

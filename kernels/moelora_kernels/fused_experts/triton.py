@@ -21,6 +21,7 @@ from moelora_kernels.buffers import given_or_new
 from moelora_kernels.combine.triton import sum_experts
 from moelora_kernels.expert_lora.triton import (
     down_tile,
+    expand_stages,
     gate_up_tile,
     product_constants,
     rows_of_token,
@@ -36,8 +37,8 @@ from moelora_kernels.waiting import clear, count, leave, signal, wait_for
 
 #: Counters of the whole launch; two for each tile follow them.
 LAUNCH_SIGNALS = 8
-#: Steps of the expand whose pages are copied ahead, and the one that is multiplied.
-EXPAND_STAGES = tl.constexpr(2)
+#: Rows of an expert, on average, up to which a tile has the adapters of one step of the expand.
+ONE_STEP_ROWS = 4
 
 
 def fused_experts(
@@ -163,6 +164,9 @@ def fused_experts(
         TILES_POW2=triton.next_power_of_2(num_tiles),
         LAUNCH_SIGNALS=LAUNCH_SIGNALS,
         SIGNALS=SIGNALS[0],
+        EXPAND_STAGES=expand_stages(
+            gate_up_tiles, tiles.tile_rows, few_rows=pairs <= ONE_STEP_ROWS * num_experts
+        ),
         **constants | sorting,
     )
     return total[...] if out is None else out
@@ -216,6 +220,7 @@ def layer_in_one_launch(
     TILES_POW2: tl.constexpr,
     LAUNCH_SIGNALS: tl.constexpr,
     SIGNALS: tl.constexpr,
+    EXPAND_STAGES: tl.constexpr,
     BLOCK_M: tl.constexpr,
     PRECISION: tl.constexpr,
     MAX_PAGES: tl.constexpr,

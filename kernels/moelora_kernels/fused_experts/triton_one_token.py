@@ -5,15 +5,18 @@ float32, so nothing has to be combined. The time is that of the weights' bytes i
 on their way at any moment, so every loop copies many steps ahead into shared memory. (Triton does
 that for a loop without tensor core products only where the loop itself names its stages.)
 
-The first programs of each launch shrink, one page each. The others wait for them only when their
-sums are complete; see :mod:`moelora_kernels.waiting` for why that is safe. The launch of
-down clears the counters of both.
+The first programs of each launch shrink, each a part of the columns of a page. The others wait for
+them only when their sums are complete; see :mod:`moelora_kernels.waiting` for why that is safe. The
+launch of down clears the counters of both.
+
+Rank activations of each part are float32, whatever the dtype of their buffer, and summed in order.
 
 All rows are pairs in the order of the router's choices.
 """
 
+import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 import triton
@@ -21,17 +24,37 @@ import triton.language as tl
 from jax import Array
 
 from moelora_kernels.backend import Launch, launch, scalar
-from moelora_kernels.buffers import given_or_new
+from moelora_kernels.buffers import given_or_new, new_buffer
 from moelora_kernels.expert_lora.triton import activate
 from moelora_kernels.tuning.tiles import GemmTiles
 from moelora_kernels.types import PAGE_ROWS, SIGNALS, Buffer, ExpertPages, SitePages
 from moelora_kernels.waiting import clear, leave, signal, wait_for
 
-#: Stages are for 16 bits a number.
-GATE_UP_TILES = GemmTiles(block_n=8, block_k=256, num_warps=4, num_stages=8)
-DOWN_TILES = GemmTiles(block_n=8, block_k=256, num_warps=4, num_stages=10)
-#: Columns of a page that a warp of a shrink loads in a step, and steps whose loads are in flight.
-SHRINK_COLUMNS, SHRINK_STAGES = 64, 8
+
+class Tiles(NamedTuple):
+    """Tiles of the two launches; stages are for 16 bits a number.
+
+    Attributes:
+        gate_up: of the first launch.
+        down: of the second one.
+        shrink_part: columns of a page that are on their way to a program at once. It has no more of
+            them unless there would be more than :data:`MAX_PARTS`.
+    """
+
+    gate_up: GemmTiles
+    down: GemmTiles
+    shrink_part: int
+
+
+#: Programs of gate_up that an H200 runs at once, six on each processor. Then few steps of each need
+#: to be on their way, and the shrink, which begins with look-ups, waits behind fewer of them.
+ONE_WAVE = 792
+FEW_PROGRAMS = Tiles(GemmTiles(8, 128, 4, 4), GemmTiles(8, 256, 4, 5), shrink_part=512)
+MANY_PROGRAMS = Tiles(GemmTiles(8, 256, 4, 5), GemmTiles(8, 256, 4, 7), shrink_part=1024)
+#: Columns of a page that a warp of a shrink loads in a step.
+SHRINK_COLUMNS = 64
+#: Parts of a page, for which workspaces have room.
+MAX_PARTS = 8
 
 
 def one_token(
@@ -58,6 +81,9 @@ def one_token(
     """See :func:`moelora_kernels.fused_experts`."""
     top_k = experts.shape[1]
     _, num_experts, _, inner, width = gate_up_weight.shape
+    tiles_of = FEW_PROGRAMS
+    if top_k * triton.cdiv(inner, FEW_PROGRAMS.gate_up.block_n) > ONE_WAVE:
+        tiles_of = MANY_PROGRAMS
     token = (experts, adapter_of_token, scalar(num_tokens), scalar(layer))
     sizes = {
         "HIDDEN": width,
@@ -82,19 +108,22 @@ def one_token(
         # Factors, rank activations and signals.
         arrays: list[Any] = [None] * (10 if kernel is gate_up_token else 6)
         written = [target]
-        names = ("NUM_ADAPTERS", "MAX_PAGES", "PAGE_LANES", "Z_ROWS", "Z_COLUMNS", "SHRINKS")
-        lora = dict.fromkeys(names, 0)
+        lora = dict.fromkeys(("NUM_ADAPTERS", "MAX_PAGES", "PAGE_LANES", "PARTS", "SHRINKS"), 0)
+        part = max(tiles_of.shrink_part, triton.next_power_of_2(triton.cdiv(depth, MAX_PARTS)))
+        part = min(triton.next_power_of_2(depth), part)
+        shrink_k = min(part, SHRINK_COLUMNS * tiles.num_warps)
         if sites:
             _, _, adapters, max_pages, _ = sites[0].table.shape
             arrays = [array for site in sites for array in site]
+            parts = triton.cdiv(depth, part)
+            ranks = ranks_buffer(ranks, (len(sites), top_k, parts, max_pages * PAGE_ROWS))
             written = [ranks, signals, target]
             lora = {
                 "NUM_ADAPTERS": adapters,
                 "MAX_PAGES": max_pages,
                 "PAGE_LANES": triton.next_power_of_2(max_pages),
-                "Z_ROWS": ranks.shape[1],
-                "Z_COLUMNS": ranks.shape[2],
-                "SHRINKS": len(sites) * top_k * max_pages,
+                "PARTS": parts,
+                "SHRINKS": len(sites) * top_k * max_pages * parts,
             }
         launch(
             kernel,
@@ -106,8 +135,9 @@ def one_token(
             BLOCK_N=tiles.block_n,
             BLOCK_K=min(triton.next_power_of_2(depth), tiles.block_k),
             STAGES=tiles.num_stages * 2 // x.dtype.itemsize,
-            SHRINK_K=min(triton.next_power_of_2(depth), SHRINK_COLUMNS * tiles.num_warps),
-            SHRINK_STAGES=SHRINK_STAGES * 2 // x.dtype.itemsize,
+            PART=part,
+            SHRINK_K=shrink_k,
+            SHRINK_STAGES=min(part, tiles_of.shrink_part) // shrink_k + 1,
             **sizes,
             **lora,
             **constants,
@@ -117,16 +147,14 @@ def one_token(
     total = given_or_new(out, (1, width), x.dtype)
     if pages is not None:
         signals = given_or_new(signals, SIGNALS, jnp.int32)
-        gate_up_ranks = given_or_new(gate_up_ranks, (2, top_k, pages.gate.max_rank), x.dtype)
-        down_ranks = given_or_new(down_ranks, (1, top_k, pages.gate.max_rank), x.dtype)
     run(
         gate_up_token,
         (x, gate_up_weight, gate_up_bias),
         () if pages is None else pages[:2],
         gate_up_ranks,
         rows,
-        GATE_UP_TILES,
-        top_k * triton.cdiv(inner, GATE_UP_TILES.block_n),
+        tiles_of.gate_up,
+        top_k * triton.cdiv(inner, tiles_of.gate_up.block_n),
         width,
         ACTIVATION=activation,
     )
@@ -136,13 +164,20 @@ def one_token(
         () if pages is None else pages[2:],
         down_ranks,
         total,
-        DOWN_TILES,
-        triton.cdiv(width, DOWN_TILES.block_n),
+        tiles_of.down,
+        triton.cdiv(width, tiles_of.down.block_n),
         inner,
         SCALING=float(scaling),
         TOP_K_POW2=triton.next_power_of_2(top_k),
     )
     return total[...] if out is None else out
+
+
+def ranks_buffer(given: Buffer | None, shape: tuple[int, ...]) -> Any:
+    """``given`` if it has room for float32 numbers of this shape, else a new buffer."""
+    if given is not None and math.prod(given.shape) * given.dtype.itemsize >= 4 * math.prod(shape):
+        return given
+    return new_buffer(shape, jnp.float32)
 
 
 @triton.jit
@@ -176,14 +211,14 @@ def gate_up_token(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     STAGES: tl.constexpr,
+    PARTS: tl.constexpr,
+    PART: tl.constexpr,
     SHRINK_K: tl.constexpr,
     SHRINK_STAGES: tl.constexpr,
     PAGE_ROWS: tl.constexpr,
     NUM_ADAPTERS: tl.constexpr,
     MAX_PAGES: tl.constexpr,
     PAGE_LANES: tl.constexpr,
-    Z_ROWS: tl.constexpr,
-    Z_COLUMNS: tl.constexpr,
 ):
     """The first ``SHRINKS`` programs shrink, the others have ``BLOCK_N`` columns of one pair."""
     NUM_BLOCKS: tl.constexpr = (INTERMEDIATE + BLOCK_N - 1) // BLOCK_N
@@ -191,7 +226,7 @@ def gate_up_token(
     pair = (program - SHRINKS) // NUM_BLOCKS
     if program < SHRINKS:
         if SHRINKS > 0:
-            pair = program // (2 * MAX_PAGES)
+            pair = program // (2 * MAX_PAGES * PARTS)
     # One wait for all that the rest depends on.
     expert, layer = tl.load(experts_ptr + pair), tl.load(layer_ptr)
     adapter = -1
@@ -201,29 +236,32 @@ def gate_up_token(
     # Of the A pages of an adapter and this expert; its B pages follow after B_PAGES entries.
     entry = (layer * 2 * NUM_ADAPTERS + adapter) * MAX_PAGES * NUM_EXPERTS + expert
     B_PAGES: tl.constexpr = NUM_ADAPTERS * MAX_PAGES * NUM_EXPERTS
+    RANKS: tl.constexpr = MAX_PAGES * PAGE_ROWS
+    if SHRINKS > 0:
+        z_ptr = z_ptr.to(tl.pointer_type(tl.float32), bitcast=True)
     if program < SHRINKS:
         if SHRINKS > 0:
             if real & (adapter >= 0):
-                page, site = program // 2 % MAX_PAGES, program % 2
+                part, site = program % PARTS, program // PARTS % 2
+                page = program // (2 * PARTS) % MAX_PAGES
                 entry += page * NUM_EXPERTS
                 factor = (layer * NUM_ADAPTERS + adapter) * NUM_EXPERTS + expert
-                z_ptr += (site * Z_ROWS + pair) * Z_COLUMNS + page * PAGE_ROWS
+                z_ptr += ((site * TOP_K + pair) * PARTS + part) * RANKS + page * PAGE_ROWS
                 # A branch per site keeps the alignment of each pool known to the compiler.
                 if site == 0:
                     shrink_page(
                         x_ptr, gate_a_ptr, gate_table_ptr + entry, gate_scaling_ptr + factor,
-                        z_ptr, HIDDEN, PAGE_ROWS, SHRINK_K, SHRINK_STAGES,
+                        z_ptr, part, HIDDEN, PAGE_ROWS, PART, SHRINK_K, SHRINK_STAGES,
                     )  # fmt: skip
                 else:
                     shrink_page(
                         x_ptr, up_a_ptr, up_table_ptr + entry, up_scaling_ptr + factor, z_ptr,
-                        HIDDEN, PAGE_ROWS, SHRINK_K, SHRINK_STAGES,
+                        part, HIDDEN, PAGE_ROWS, PART, SHRINK_K, SHRINK_STAGES,
                     )  # fmt: skip
                 signal(signals_ptr + 1)
     elif real:
         columns = ((program - SHRINKS) % NUM_BLOCKS) * BLOCK_N + tl.arange(0, BLOCK_N)
-        # Columns past the last repeat it, so that loads need no mask.
-        column = tl.minimum(columns, INTERMEDIATE - 1)
+        column = repeat_last(columns, INTERMEDIATE, BLOCK_N)
         if SHRINKS > 0:
             rank = tl.arange(0, PAGE_LANES * PAGE_ROWS)
             b_entry = entry + B_PAGES
@@ -233,6 +271,8 @@ def gate_up_token(
             up_row = find_rank_rows(
                 rank, adapter, up_table_ptr + b_entry, NUM_EXPERTS, MAX_PAGES, PAGE_ROWS
             )
+            gate_b = load_rank_rows(gate_row, column, gate_b_ptr, INTERMEDIATE)
+            up_b = load_rank_rows(up_row, column, up_b_ptr, INTERMEDIATE)
         HALF: tl.constexpr = INTERMEDIATE * HIDDEN
         depth = tl.arange(0, BLOCK_K)
         stacked_expert = layer.to(tl.int64) * NUM_EXPERTS + expert
@@ -259,14 +299,12 @@ def gate_up_token(
             up += tl.load(bias_ptr + INTERMEDIATE + column).to(tl.float32)
         if SHRINKS > 0:
             if adapter >= 0:
-                gate_b = load_rank_rows(gate_row, column, gate_b_ptr, INTERMEDIATE)
-                up_b = load_rank_rows(up_row, column, up_b_ptr, INTERMEDIATE)
                 wait_for(signals_ptr + 1, SHRINKS)
-                z_ptrs = z_ptr + pair * Z_COLUMNS + rank
-                gate_z = tl.load(z_ptrs, mask=gate_row >= 0, other=0.0).to(tl.float32)
-                up_z = tl.load(z_ptrs + Z_ROWS * Z_COLUMNS, mask=up_row >= 0, other=0.0)
+                z_ptr += pair * PARTS * RANKS
+                gate_z = sum_parts(z_ptr, rank, gate_row, gate_b, PARTS, RANKS)
+                up_z = sum_parts(z_ptr + TOP_K * PARTS * RANKS, rank, up_row, up_b, PARTS, RANKS)
                 gate += tl.sum(gate_z[:, None] * gate_b.to(tl.float32), 0)
-                up += tl.sum(up_z.to(tl.float32)[:, None] * up_b.to(tl.float32), 0)
+                up += tl.sum(up_z[:, None] * up_b.to(tl.float32), 0)
         hidden = activate(gate, up, ACTIVATION).to(hidden_ptr.dtype.element_ty)
         tl.store(hidden_ptr + pair * INTERMEDIATE + columns, hidden, mask=columns < INTERMEDIATE)
 
@@ -300,56 +338,61 @@ def down_token(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     STAGES: tl.constexpr,
+    PARTS: tl.constexpr,
+    PART: tl.constexpr,
     SHRINK_K: tl.constexpr,
     SHRINK_STAGES: tl.constexpr,
     PAGE_ROWS: tl.constexpr,
     NUM_ADAPTERS: tl.constexpr,
     MAX_PAGES: tl.constexpr,
     PAGE_LANES: tl.constexpr,
-    Z_ROWS: tl.constexpr,
-    Z_COLUMNS: tl.constexpr,
 ):
     """The first ``SHRINKS`` programs shrink, the others have ``BLOCK_N`` columns of the output."""
     program = tl.program_id(0)
     layer = tl.load(layer_ptr)
     adapter = -1
     if SHRINKS > 0:
+        # One wait for both.
         adapter = tl.load(adapter_ptr)
+        shrink_pair = tl.minimum(program // (MAX_PAGES * PARTS), TOP_K - 1)
+        shrink_expert = tl.load(experts_ptr + shrink_pair)
     real = tl.load(num_tokens_ptr) > 0
     B_PAGES: tl.constexpr = NUM_ADAPTERS * MAX_PAGES * NUM_EXPERTS
+    RANKS: tl.constexpr = MAX_PAGES * PAGE_ROWS
+    if SHRINKS > 0:
+        z_ptr = z_ptr.to(tl.pointer_type(tl.float32), bitcast=True)
     entry = (layer * 2 * NUM_ADAPTERS + adapter) * MAX_PAGES * NUM_EXPERTS
     if program < SHRINKS:
         if SHRINKS > 0:
             if real & (adapter >= 0):
-                pair, page = program // MAX_PAGES, program % MAX_PAGES
-                expert = tl.load(experts_ptr + pair)
+                page, part = program // PARTS % MAX_PAGES, program % PARTS
                 shrink_page(
-                    hidden_ptr + pair * INTERMEDIATE,
+                    hidden_ptr + shrink_pair * INTERMEDIATE,
                     a_ptr,
-                    table_ptr + entry + page * NUM_EXPERTS + expert,
-                    scaling_ptr + (layer * NUM_ADAPTERS + adapter) * NUM_EXPERTS + expert,
-                    z_ptr + pair * Z_COLUMNS + page * PAGE_ROWS,
-                    INTERMEDIATE, PAGE_ROWS, SHRINK_K, SHRINK_STAGES,
+                    table_ptr + entry + page * NUM_EXPERTS + shrink_expert,
+                    scaling_ptr + (layer * NUM_ADAPTERS + adapter) * NUM_EXPERTS + shrink_expert,
+                    z_ptr + (shrink_pair * PARTS + part) * RANKS + page * PAGE_ROWS,
+                    part, INTERMEDIATE, PAGE_ROWS, PART, SHRINK_K, SHRINK_STAGES,
                 )  # fmt: skip
                 signal(signals_ptr + 2)
     else:
         columns = (program - SHRINKS) * BLOCK_N + tl.arange(0, BLOCK_N)
-        column = tl.minimum(columns, HIDDEN - 1)
+        column = repeat_last(columns, HIDDEN, BLOCK_N)
         total = tl.zeros([BLOCK_N], tl.float32)
         if real:
             if SHRINKS > 0:
-                rank = tl.arange(0, PAGE_LANES * PAGE_ROWS)
-                pairs = tl.arange(0, TOP_K_POW2)
-                exists = (pairs < TOP_K) & (adapter >= 0)
-                expert = tl.load(experts_ptr + pairs, mask=exists, other=0)
-                page = rank // PAGE_ROWS
-                pool_row = tl.load(
-                    table_ptr + entry + B_PAGES + expert[:, None] + page[None, :] * NUM_EXPERTS,
-                    mask=exists[:, None] & (page < MAX_PAGES)[None, :], other=-1,
+                # The ranks of all pairs, one after another.
+                LANES: tl.constexpr = PAGE_LANES * PAGE_ROWS
+                lane = tl.arange(0, TOP_K_POW2 * LANES)
+                pair, rank = lane // LANES, lane % LANES
+                exists = pair < TOP_K
+                expert = tl.load(experts_ptr + pair, mask=exists, other=0)
+                weight_of_rank = tl.load(weights_ptr + pair, mask=exists, other=0.0)
+                b_row = find_rank_rows(
+                    rank, tl.where(exists, adapter, -1), table_ptr + entry + B_PAGES + expert,
+                    NUM_EXPERTS, MAX_PAGES, PAGE_ROWS,
                 )  # fmt: skip
-                b_row = tl.where(
-                    pool_row >= 0, pool_row * PAGE_ROWS + rank[None, :] % PAGE_ROWS, -1
-                )
+                b = load_rank_rows(b_row, column, b_ptr, HIDDEN)
             STEPS: tl.constexpr = (INTERMEDIATE + BLOCK_K - 1) // BLOCK_K
             depth = tl.arange(0, BLOCK_K)
             tile_ptrs = weight_ptr + column[:, None] * INTERMEDIATE + depth[None, :]
@@ -376,22 +419,35 @@ def down_token(
                     total += tl.load(weights_ptr + choice) * bias
             if SHRINKS > 0:
                 if adapter >= 0:
-                    b = load_rank_rows(b_row, column, b_ptr, HIDDEN).to(tl.float32)
-                    weight = tl.load(weights_ptr + pairs, mask=exists, other=0.0)
                     wait_for(signals_ptr + 2, SHRINKS)
-                    z = tl.load(
-                        z_ptr + pairs[:, None] * Z_COLUMNS + rank[None, :],
-                        mask=b_row >= 0, other=0.0,
-                    )  # fmt: skip
-                    z = z.to(tl.float32) * weight[:, None]
-                    total += tl.sum(tl.sum(z[:, :, None] * b, 1), 0)
+                    z = sum_parts(z_ptr + pair * PARTS * RANKS, rank, b_row, b, PARTS, RANKS)
+                    # These programs have waited for all that there was to wait for.
+                    if leave(signals_ptr, PROGRAMS):
+                        clear(signals_ptr, SIGNALS)
+                    total += tl.sum((z * weight_of_rank)[:, None] * b.to(tl.float32), 0)
         total = (total * SCALING).to(out_ptr.dtype.element_ty)
         tl.store(out_ptr + columns, total, mask=columns < HIDDEN)
-        if SHRINKS > 0:
-            if real & (adapter >= 0):
-                # These programs have waited for all that there was to wait for.
-                if leave(signals_ptr, PROGRAMS):
-                    clear(signals_ptr, SIGNALS)
+
+
+@triton.jit
+def repeat_last(columns, WIDTH: tl.constexpr, BLOCK_N: tl.constexpr):
+    """Columns past the last repeat it, so that loads need no mask.
+
+    Where there are none, the compiler must see that columns are neighbours, which a minimum hides:
+    it would load pages of B two bytes at a time.
+    """
+    if WIDTH % BLOCK_N == 0:
+        return columns
+    return tl.minimum(columns, WIDTH - 1)
+
+
+@triton.jit
+def sum_parts(z_ptr, rank, rank_row, b, PARTS: tl.constexpr, RANKS: tl.constexpr):
+    """Rank activations in float32, rounded once to the dtype of ``b``."""
+    z = tl.load(z_ptr + rank, mask=rank_row >= 0, other=0.0)
+    for part in tl.static_range(1, PARTS):
+        z += tl.load(z_ptr + part * RANKS + rank, mask=rank_row >= 0, other=0.0)
+    return z.to(b.dtype).to(tl.float32)
 
 
 @triton.jit
@@ -401,28 +457,29 @@ def shrink_page(
     entry_ptr,
     scaling_ptr,
     z_ptr,
+    part,
     WIDTH: tl.constexpr,
     PAGE_ROWS: tl.constexpr,
+    PART: tl.constexpr,
     BLOCK_K: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    """``z = scaling · A · x`` for one page, if the adapter has it; few waits for memory."""
+    """``scaling · A · x`` for one page, if the adapter has it, and a part of the columns of x."""
     pool_row, scaling = tl.load(entry_ptr), tl.load(scaling_ptr)
     if pool_row >= 0:
-        rank, column = tl.arange(0, PAGE_ROWS), tl.arange(0, BLOCK_K)
+        rank, column = tl.arange(0, PAGE_ROWS), part * PART + tl.arange(0, BLOCK_K)
         a_ptrs = pool_ptr + pool_row.to(tl.int64) * PAGE_ROWS * WIDTH
         a_ptrs += rank[:, None] * WIDTH + column[None, :]
         products = tl.zeros([PAGE_ROWS, BLOCK_K], tl.float32)
-        for k in tl.range(0, WIDTH, BLOCK_K, num_stages=STAGES):
-            if WIDTH % BLOCK_K == 0:
+        for k in tl.range(0, PART, BLOCK_K, num_stages=STAGES):
+            if WIDTH % PART == 0:
                 x, a = tl.load(x_ptr + k + column), tl.load(a_ptrs + k)
             else:
                 inside = k + column < WIDTH
                 x = tl.load(x_ptr + k + column, mask=inside, other=0.0)
                 a = tl.load(a_ptrs + k, mask=inside[None, :], other=0.0)
             products += a.to(tl.float32) * x.to(tl.float32)[None, :]
-        z = tl.sum(products, 1) * scaling
-        tl.store(z_ptr + rank, z.to(z_ptr.dtype.element_ty))
+        tl.store(z_ptr + rank, tl.sum(products, 1) * scaling)
 
 
 @triton.jit

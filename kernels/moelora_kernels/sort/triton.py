@@ -17,11 +17,11 @@ from moelora_kernels.types import TokenSort
 #: Pairs up to which every pair is compared with every other.
 MAX_COUNTED_PAIRS = 4096
 #: Pairs of one block of the form for large batches.
-BLOCK_PAIRS = 1024
+BLOCK_PAIRS = 512
 #: Blocks of which a pair adds up the numbers; there are no more, but larger ones.
-MAX_BLOCKS = 64
+MAX_BLOCKS = 128
 #: Groups that a program counts at once there.
-BLOCK_GROUPS = 1024
+BLOCK_GROUPS = 128
 #: Pairs that a program places there.
 PART_PAIRS = 32
 
@@ -55,7 +55,8 @@ def sort_tokens(
         results = launch(sort_by_counting, inputs, outputs, refs, how, **constants)
     else:
         block = max(BLOCK_PAIRS, triton.next_power_of_2(triton.cdiv(pairs, MAX_BLOCKS)))
-        blocks = triton.cdiv(pairs, block)
+        # A power of two, so that loads are wide. Blocks past the last pair have none.
+        blocks = triton.next_power_of_2(triton.cdiv(pairs, block))
         shared = {
             "PAIRS": pairs,
             "TOP_K": top_k,
@@ -78,14 +79,12 @@ def sort_tokens(
             (*inputs, *counts),
             outputs,
             refs,
-            Launch((blocks * (block // PART_PAIRS) + 1,), num_warps=8),
+            Launch((triton.cdiv(pairs, PART_PAIRS) + 1,), num_warps=8),
             NUM_EXPERTS=num_experts,
             TILE_ROWS=tile_rows,
             NUM_TILES=num_tiles,
             EXPERTS_POW2=constants["EXPERTS_POW2"],
             PART=PART_PAIRS,
-            CHUNK=min(block, 512),
-            BLOCKS_POW2=triton.next_power_of_2(blocks),
             **shared,
         )
     named = dict(zip(arrays, results, strict=True))
@@ -295,19 +294,17 @@ def place_pairs(
     EXPERTS_POW2: tl.constexpr,
     GROUPS: tl.constexpr,
     BLOCKS: tl.constexpr,
-    BLOCKS_POW2: tl.constexpr,
     BLOCK: tl.constexpr,
     PART: tl.constexpr,
-    CHUNK: tl.constexpr,
 ):
     """Programs place ``PART`` pairs of a block each; the first writes the tile map instead."""
     num_tokens = tl.load(num_tokens_ptr)
-    any_block = tl.arange(0, BLOCKS_POW2)
+    any_block = tl.arange(0, BLOCKS)
     if tl.program_id(0) == 0:
         expert = tl.arange(0, EXPERTS_POW2)
         # An expert's rows end with those of its last adapter.
         last_group = expert * (NUM_ADAPTERS + 1) + NUM_ADAPTERS
-        used = (expert < NUM_EXPERTS)[:, None] & (any_block < BLOCKS)[None, :]
+        used = (expert < NUM_EXPERTS)[:, None]
         up_to_ptrs = counts_ptr + last_group[:, None] * BLOCKS + any_block[None, :]
         up_to = tl.load(up_to_ptrs, mask=used, other=0)
         up_to_last = tl.load(
@@ -323,20 +320,22 @@ def place_pairs(
             pair, experts_ptr, adapters_ptr, num_tokens, PAIRS, TOP_K, NUM_ADAPTERS, GROUPS
         )
         real = group < GROUPS
-        # Before a pair come those of its group in earlier blocks, and those of earlier groups.
-        last = group[:, None] - (any_block >= block).to(tl.int32)[None, :]
-        inside = (real[:, None] & (last >= 0)) & (any_block < BLOCKS)[None, :]
-        counts = tl.load(counts_ptr + last * BLOCKS + any_block[None, :], mask=inside, other=0)
-        before = tl.zeros([PART, CHUNK], tl.int32)
-        for start in tl.static_range(0, BLOCK, CHUNK):
-            other = block * BLOCK + start + tl.arange(0, CHUNK)
-            other_group = group_of_pairs(
-                other, experts_ptr, adapters_ptr, num_tokens, PAIRS, TOP_K, NUM_ADAPTERS, GROUPS
-            )
-            earlier = other[None, :] < pair[:, None]
-            before += (earlier & (other_group[None, :] == group[:, None])).to(tl.int32)
+        # Before a pair come those of earlier groups, and those of its group in earlier blocks. Its
+        # own block is counted by comparing. Whole lines are loaded, since such loads are wide.
+        line_ptrs = counts_ptr + group[:, None] * BLOCKS + any_block[None, :]
+        line = tl.load(line_ptrs, mask=real[:, None], other=0)
+        earlier = tl.load(line_ptrs - BLOCKS, mask=(real & (group > 0))[:, None], other=0)
+        number = any_block[None, :]
+        counts = tl.where(number < block, line, tl.where(number > block, earlier, 0))
+        in_block = tl.arange(0, BLOCK)
+        other_group = group_of_pairs(
+            block * BLOCK + in_block,
+            experts_ptr, adapters_ptr, num_tokens, PAIRS, TOP_K, NUM_ADAPTERS, GROUPS,
+        )  # fmt: skip
+        key, other_key = group * BLOCK + pair % BLOCK, other_group * BLOCK + in_block
+        before = tl.sum((other_key[None, :] < key[:, None]).to(tl.int32), 1)
         # Padding comes last in the batch, so it keeps its place.
-        row = tl.where(real, tl.sum(counts, 1) + tl.sum(before, 1), pair)
+        row = tl.where(real, tl.sum(counts, 1) + before, pair)
         write_pairs(
             pair,
             row,
