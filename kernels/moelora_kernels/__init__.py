@@ -4,7 +4,7 @@ One folder per operation: ``api.py`` has the public function, ``reference.py`` t
 plain ``jax.numpy``. Nothing here knows of adapter files, models or servers.
 """
 
-from moelora_kernels.attention.api import paged_attention, query_tiles, write_cache
+from moelora_kernels.attention.api import paged_attention, query_tile_rows, query_tiles, write_cache
 from moelora_kernels.combine.api import combine
 from moelora_kernels.dense_lora.api import dense_lora, embedding_lora
 from moelora_kernels.expert_lora.api import down, gate_up, shrink
@@ -49,6 +49,7 @@ __all__ = [
     "linear_lora",
     "paged_attention",
     "prepare_heads",
+    "query_tile_rows",
     "query_tiles",
     "rms_norm",
     "rotate",

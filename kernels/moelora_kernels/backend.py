@@ -33,11 +33,27 @@ class Launch(NamedTuple):
         grid: programs along each axis.
         num_warps: warps per program.
         num_stages: depth of the software pipeline.
+        max_registers: of a thread, where more programs at once are worth more than registers.
     """
 
     grid: tuple[int, ...]
     num_warps: int = 4
     num_stages: int = 1
+    max_registers: int | None = None
+
+
+class Tiled(NamedTuple):
+    """A matrix that a kernel loads in blocks, by the tensor memory accelerator: from Hopper on.
+
+    Its rows are whole 16 bytes. What a block has beyond the matrix is zeros.
+
+    Attributes:
+        matrix: ``[rows, columns]``.
+        block: rows and columns of a block.
+    """
+
+    matrix: Array
+    block: tuple[int, int]
 
 
 def choose(implementation: Implementation | None) -> Implementation:
@@ -75,7 +91,7 @@ def describe() -> str:
 
 def launch(
     kernel: Any,
-    inputs: Sequence[Buffer | None],
+    inputs: Sequence[Buffer | Tiled | None],
     outputs: Sequence[jax.ShapeDtypeStruct],
     refs: Sequence[Buffer] | None,
     how: Launch,
@@ -85,7 +101,8 @@ def launch(
 
     Args:
         kernel: a ``triton.jit`` function.
-        inputs: arrays, references, or None for a pointer that is not read.
+        inputs: arrays, references, matrices in blocks where nothing is written in place, or None
+            for a pointer that is not read.
         outputs: shapes and dtypes of new outputs.
         refs: references to write instead; None makes new, uninitialised outputs.
         how: grid, warps and stages.
@@ -94,17 +111,23 @@ def launch(
     Returns:
         The references, or the new arrays.
     """
+    module = jax_triton()
+    operands = [
+        module.TensorDescriptor.from_array(*value) if isinstance(value, Tiled) else value
+        for value in inputs
+    ]
     call = functools.partial(
-        jax_triton().triton_call,
+        module.triton_call,
         kernel=kernel,
         out_type=tuple(outputs) if refs is None else (),
         grid=how.grid,
         num_warps=how.num_warps,
         num_stages=how.num_stages,
+        backend_options={} if how.max_registers is None else {"maxnreg": how.max_registers},
         name=kernel.fn.__name__,
         **constants,
     )
-    results = call_in_place(call, *inputs, *(refs or ()))
+    results = call_in_place(call, *operands, *(refs or ()))
     return tuple(results if refs is None else refs)
 
 
@@ -135,7 +158,10 @@ def jax_triton() -> Any:
     if not hasattr(nvidia_driver, "TMA_TF32"):
         nvidia_driver.TMA_TF32 = 11
     import jax_triton as module
+    from jax_triton.triton_lib import TensorDescMeta
 
+    # It also asks of descriptors whether they are for convolutions, which Triton 3.6 does not say.
+    TensorDescMeta.__required_keys__ -= {"is_im2col"}
     # JAX 0.12 gives this rule one more argument than jax-triton 0.4.1 takes. It says that a launch
     # needs all of its operands.
     if jax.__version_info__ >= (0, 12):

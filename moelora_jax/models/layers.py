@@ -29,6 +29,7 @@ from moelora_kernels import (
     linear_lora,
     paged_attention,
     prepare_heads,
+    query_tile_rows,
     query_tiles,
     rms_norm,
     sort_tokens,
@@ -106,7 +107,8 @@ def prepare_step(
     """
     tokens, sequences = batch.tokens.shape[0], batch.query_counts.shape[0]
     # In decode every tile has one token.
-    tile_rows = 1 if tokens == sequences else 16
+    is_decode = tokens == sequences
+    tile_rows = 1 if is_decode else query_tile_rows(tokens, config.num_heads, config.num_kv_heads)
     block_size = cache.keys.shape[2]
     adapter_sort = None
     if pages:

@@ -13,7 +13,21 @@ from moelora_kernels.attention import reference
 from moelora_kernels.backend import Implementation, choose
 from moelora_kernels.buffers import result
 from moelora_kernels.tiles import group_tiles
+from moelora_kernels.tuning.tiles import PROCESSORS
 from moelora_kernels.types import Buffer
+
+
+def query_tile_rows(tokens: int, heads: int, kv_heads: int) -> int:
+    """Tokens of a full tile of prompts, so that all heads of a group are 64 or 128 rows.
+
+    Args:
+        tokens: of the bucket.
+        heads: query heads.
+        kv_heads: key heads.
+    """
+    # Large tiles read keys less often, small ones are enough for all processors.
+    rows = 128 if tokens * heads > PROCESSORS * 128 else 64
+    return max(1, rows * kv_heads // heads)
 
 
 def query_tiles(
@@ -79,10 +93,10 @@ def paged_attention(
         v_cache: values ``[layers, blocks, block_size, kv_heads, value_dim]``.
         layer: layer of the caches.
         block_table: blocks of each sequence; entries past its length are any valid block.
-        positions: position of each token in its sequence.
+        positions: position of each token in its sequence, in ascending order.
         tiles: from :func:`query_tiles`.
         tile_rows: what the tiles were made with.
-        scale: factor on the scores.
+        scale: positive factor on the scores.
         window: positions that a query sees at most, its own included; None means all. It is data,
             so layers with different windows share one program.
         sinks: one more score for each query head, without a value; not multiplied by ``scale``.

@@ -51,13 +51,20 @@ def paged_attention(
     steps = triton.cdiv(table_width * block_size, BLOCK_CONTEXT)
     splits = max(1, min(BUSY_PROGRAMS // (num_tiles * kv_heads), MAX_SPLITS, steps))
     block_m = max(triton.next_power_of_2(tile_rows * heads // kv_heads), 16)
+    block_d = max(triton.next_power_of_2(head_dim), MIN_BLOCK)
+    block_v = max(triton.next_power_of_2(value_dim), MIN_BLOCK)
+    # Two programs of eight warps on a processor hide each other's waits.
+    is_large = block_m >= 128 and queries.dtype.itemsize == 2
+    max_registers = 128 if is_large and max(block_d, block_v) <= 128 else None
+    # Where all programs run at once, each processor shall have early and late tiles.
+    heads_first = block_m == 64 and splits == 1
     final = jax.ShapeDtypeStruct((tokens, heads, value_dim), queries.dtype)
     partial = jax.ShapeDtypeStruct((splits, tokens, heads, value_dim + EXTRA_COLUMNS), jnp.float32)
     refs = None if out is None else [out]
     shared = {
         "HEADS": heads,
         "VALUE_DIM": value_dim,
-        "BLOCK_V": max(triton.next_power_of_2(value_dim), MIN_BLOCK),
+        "BLOCK_V": block_v,
         "SPLITS": splits,
         "EXTRA_COLUMNS": EXTRA_COLUMNS,
     }
@@ -77,14 +84,17 @@ def paged_attention(
         [final if splits == 1 else partial],
         refs if splits == 1 else None,
         Launch(
-            (num_tiles, kv_heads, splits),
+            (kv_heads, num_tiles, splits) if heads_first else (num_tiles, kv_heads, splits),
             num_warps=8 if block_m >= 128 else 4,
-            # Of wide heads in float32 more do not fit into shared memory.
-            num_stages=2 if queries.dtype == jnp.float32 else 3,
+            # With more of many rows a processor had one program only; of wide heads in float32 they
+            # do not fit into shared memory.
+            num_stages=2 if block_m >= 64 or queries.dtype == jnp.float32 else 3,
+            max_registers=max_registers,
         ),
         **shared,
+        HEADS_FIRST=heads_first,
         HEAD_DIM=head_dim,
-        BLOCK_D=max(triton.next_power_of_2(head_dim), MIN_BLOCK),
+        BLOCK_D=block_d,
         SCALE=scale,
         TOKENS=tokens,
         KV_HEADS=kv_heads,
@@ -122,6 +132,7 @@ def attend_tiles(
     BLOCK_V: tl.constexpr,
     SPLITS: tl.constexpr,
     EXTRA_COLUMNS: tl.constexpr,
+    HEADS_FIRST: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     BLOCK_D: tl.constexpr,
     SCALE: tl.constexpr,
@@ -137,11 +148,13 @@ def attend_tiles(
 ):
     """One tile of queries, one key head, one part of the context per program."""
     GROUP: tl.constexpr = HEADS // KV_HEADS
-    sequence = tl.load(tiles_ptr + tl.program_id(0) * 3)
+    tile, kv_head, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    if HEADS_FIRST:
+        tile, kv_head = kv_head, tile
+    sequence = tl.load(tiles_ptr + tile * 3)
     if sequence >= 0:
-        first = tl.load(tiles_ptr + tl.program_id(0) * 3 + 1)
-        end = tl.load(tiles_ptr + tl.program_id(0) * 3 + 2)
-        kv_head, split = tl.program_id(1), tl.program_id(2)
+        first = tl.load(tiles_ptr + tile * 3 + 1)
+        end = tl.load(tiles_ptr + tile * 3 + 2)
         row = tl.arange(0, BLOCK_M)
         inside = (first + row // GROUP < end) & (row < TILE_ROWS * GROUP)
         token = tl.where(inside, first + row // GROUP, first)
@@ -153,14 +166,20 @@ def attend_tiles(
             other=0.0,
         )
         position = tl.load(position_ptr + token)
-        context = tl.max(position, 0) + 1
-        oldest = 0
+        first_position = tl.load(position_ptr + first)
+        last_position = tl.load(position_ptr + end - 1)
+        context, oldest = last_position + 1, 0
+        # Positions before the first, and from the last on, are hidden from some of the queries.
+        shared_begin, shared_end = 0, first_position + 1
         if window_ptr is not None:
             window = tl.load(window_ptr)
-            oldest = tl.maximum(tl.min(position, 0) - window + 1, 0)
+            oldest = tl.maximum(first_position - window + 1, 0)
+            shared_begin = last_position - window + 1
         part = tl.cdiv(tl.cdiv(context - oldest, BLOCK_N), SPLITS) * BLOCK_N
         stop = tl.minimum(context, oldest + (split + 1) * part)
-        layer_row = tl.load(layer_ptr).to(tl.int64) * NUM_BLOCKS
+        first_row = tl.load(layer_ptr).to(tl.int64) * (NUM_BLOCKS * BLOCK_SIZE * KV_HEADS)
+        key_ptr += first_row * HEAD_DIM
+        value_ptr += first_row * VALUE_DIM
 
         maximum = tl.full([BLOCK_M], float("-inf"), tl.float32)
         weights_sum = tl.zeros([BLOCK_M], tl.float32)
@@ -173,10 +192,11 @@ def attend_tiles(
         for start in range(begin, stop, BLOCK_N):
             place = start + tl.arange(0, BLOCK_N)
             exists = place < stop
-            cache_row = (layer_row + block) * BLOCK_SIZE + place % BLOCK_SIZE
+            cached = (block * BLOCK_SIZE + place % BLOCK_SIZE) * KV_HEADS + kv_head
+            if NUM_BLOCKS * BLOCK_SIZE * KV_HEADS * BLOCK_D >= 2**31:
+                cached = cached.to(tl.int64)
             next_place = place + BLOCK_N
             block = tl.load(table_ptr + next_place // BLOCK_SIZE, mask=next_place < stop, other=0)
-            cached = cache_row * KV_HEADS + kv_head
             # Nothing is read behind the last position: it may be anything, also NaN.
             key = tl.load(
                 key_ptr + (cached * HEAD_DIM)[None, :] + column[:, None],
@@ -188,15 +208,16 @@ def attend_tiles(
                 mask=exists[:, None] & (value_column < VALUE_DIM)[None, :],
                 other=0.0,
             )
-            score = tl.dot(query, key, input_precision=PRECISION) * (SCALE * LOG2_E)
-            visible = exists[None, :] & (place[None, :] <= position[:, None])
-            if window_ptr is not None:
-                visible = visible & (place[None, :] > position[:, None] - window)
-            score = tl.where(visible, score, float("-inf"))
-            new_maximum = tl.maximum(maximum, tl.max(score, 1))
+            score = tl.dot(query, key, input_precision=PRECISION)
+            if (start < shared_begin) | (start + BLOCK_N > shared_end):
+                visible = exists[None, :] & (place[None, :] <= position[:, None])
+                if window_ptr is not None:
+                    visible = visible & (place[None, :] > position[:, None] - window)
+                score = tl.where(visible, score, float("-inf"))
+            new_maximum = tl.maximum(maximum, tl.max(score, 1) * (SCALE * LOG2_E))
             # Rows that have seen nothing yet keep zeros instead of NaN.
             shift = tl.where(new_maximum == float("-inf"), 0.0, new_maximum)
-            weight = tl.exp2(score - shift[:, None])
+            weight = tl.exp2(score * (SCALE * LOG2_E) - shift[:, None])
             shrunk = tl.exp2(maximum - shift)
             weights_sum = weights_sum * shrunk + tl.sum(weight, 1)
             total = total * shrunk[:, None]
