@@ -40,7 +40,7 @@ MODEL = ModelConfig(
     num_heads=8,
     num_kv_heads=2,
     head_dim=64,
-    moe=MoeConfig(num_experts=16, top_k=4, hidden_size=256, intermediate_size=128),
+    moe=MoeConfig(num_experts=16, top_k=4, hidden_size=512, intermediate_size=128),
     moe_layers=(0, 1, 2),
 )
 #: The heads of DeepSeek-V3, whose keys are wider than values; a dense layer before the others.
@@ -60,7 +60,7 @@ DEEPSEEK = replace(
 )
 RUNTIME = RuntimeConfig(
     lora=LoraConfig(max_adapters=4, max_rank=32),
-    buckets=BucketConfig(decode=(8,), prefill=(64,)),
+    buckets=BucketConfig(decode=(8,), prefill=(64, 256)),
     cache=CacheConfig(max_length=256),
 )
 PROGRAMS: tuple[tuple[Kind, Bucket, bool], ...] = (
@@ -68,6 +68,8 @@ PROGRAMS: tuple[tuple[Kind, Bucket, bool], ...] = (
     ("decode", Bucket(8, 8), False),
     ("prefill", Bucket(64, 8), True),
 )
+#: Of more rows than one launch of linear maps has.
+LONG_PREFILL = ProgramKey("prefill", Bucket(256, 8), True)
 
 
 def thunks(text: str) -> dict[str, list[str]]:
@@ -101,6 +103,7 @@ def main() -> None:
         (f"{kind} {'lora' if lora else 'base'}", runner, ProgramKey(kind, bucket, lora))
         for kind, bucket, lora in PROGRAMS
     ]
+    programs.append(("long prefill lora", runner, LONG_PREFILL))
     programs.append(("tiny lora", tiny, ProgramKey("decode", Bucket(4, 4), True)))
     # Adapters may also change router, embedding and head.
     everywhere = replace(

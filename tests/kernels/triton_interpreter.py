@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import torch
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from moelora_jax.config import MoeConfig
 from moelora_jax.moe import MoeParams, moe_experts, moe_workspace_shapes
@@ -28,13 +29,14 @@ from moelora_kernels import (
     shrink,
     sort_tokens,
 )
+from moelora_kernels.backend import Tiled
 from moelora_kernels.expert_lora import triton_gather, triton_shrink
 from moelora_kernels.expert_lora.reference import gather_rows
 from moelora_kernels.linear import api as linear_api
 from moelora_kernels.linear import triton_many_rows
 from moelora_kernels.tuning.tiles import (
     GemmTiles,
-    LinearLoraTiles,
+    LinearShrinkTiles,
     LinearTiles,
     MoeTiles,
     ShrinkTiles,
@@ -51,6 +53,8 @@ from tests.kernels.cases import (
 
 
 def to_torch(value: Any) -> Any:
+    if isinstance(value, Tiled):
+        return TensorDescriptor.from_tensor(to_torch(value.matrix), list(value.block))
     return None if value is None else torch.from_numpy(np.array(value[...]))
 
 
@@ -112,11 +116,10 @@ LINEAR_TILES = (
 )
 #: Of one row.
 ROW_TILES = LinearTiles(1, 8, 16, 1, 1)
-#: Programs that have all columns, and that share them, some of which have few.
-LINEAR_LORA_TILES = (
-    LinearLoraTiles(16, 16, 2, 1, 32, 16, 1),
-    LinearLoraTiles(32, 16, 1, 3, 16, 32, 1),
-)
+#: Of more rows, whose tiles are loaded by descriptors; and programs of their shrink that have all
+#: columns, and that share them, some of which have few.
+MANY_ROWS_TILES = (LinearTiles(32, 16, 16, 1, 1), LinearTiles(16, 32, 32, 1, 1))
+LINEAR_SHRINK_TILES = (LinearShrinkTiles(16, 16, 2, 1), LinearShrinkTiles(32, 16, 1, 3))
 
 
 def layer(
@@ -354,15 +357,20 @@ def check_dense(shape: Shape, dtype: str) -> None:
 
 
 def check_linear(
-    shape: Shape, dtype: str, num_maps: int, tiles: LinearTiles | LinearLoraTiles
+    shape: Shape,
+    dtype: str,
+    num_maps: int,
+    tiles: LinearTiles,
+    shrink_tiles: LinearShrinkTiles | None = None,
 ) -> None:
     """Maps of one input, of which the second has a bias and the third no pages.
 
-    With tiles of LoRA alone the products are XLA's.
+    With tiles of a shrink these are the launches for many rows.
     """
-    linear_api.MAX_ROWS = 128 if isinstance(tiles, LinearTiles) else 0
+    linear_api.MAX_ROWS = 128 if shrink_tiles is None else 0
+    linear_api.suits_triton = lambda *_: True
     linear_api.linear_tiles = lambda *_: tiles
-    triton_many_rows.linear_lora_tiles = lambda *_: tiles
+    triton_many_rows.linear_shrink_tiles = lambda *_: shrink_tiles
     case = LayerCase(LayerSpec(shape, dtype=dtype, num_tokens=max(shape.tokens - 1, 1), seed=4))  # type: ignore[arg-type]
     rng = np.random.default_rng(0)
 
@@ -504,12 +512,15 @@ def main() -> None:
     for shape in DENSE_SHAPES:
         check_dense(shape, "float32")
         check_dense(shape, "float16")
-        for linear_tiles, num_maps in itertools.product(
-            (*LINEAR_TILES, *LINEAR_LORA_TILES), (1, 3)
-        ):
+        for linear_tiles, num_maps in itertools.product(LINEAR_TILES, (1, 3)):
             check_linear(shape, "float32", num_maps, linear_tiles)
-        for linear_tiles in (LINEAR_TILES[0], LINEAR_LORA_TILES[0]):
-            check_linear(shape, "float16", 2, linear_tiles)
+        for number, (linear_tiles, num_maps) in enumerate(
+            zip(MANY_ROWS_TILES, (1, 3), strict=True)
+        ):
+            check_linear(shape, "float32", num_maps, linear_tiles, LINEAR_SHRINK_TILES[number])
+        check_linear(shape, "float16", 2, LINEAR_TILES[0])
+    # Whose rows are whole 16 bytes.
+    check_linear(DENSE_SHAPES[0], "float16", 2, MANY_ROWS_TILES[0], LINEAR_SHRINK_TILES[0])
     # One page, and more pages than are added at once.
     for pages, dtype in ((6, "float32"), (1, "float16")):
         check_linear(Shape(1, 1, 1, 20, 48, 3, pages), dtype, 3, ROW_TILES)

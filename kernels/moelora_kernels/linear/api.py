@@ -1,6 +1,7 @@
 """Linear maps whose weights are stacked over layers, with LoRA."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import jax.numpy as jnp
 from jax import Array, lax
@@ -8,13 +9,14 @@ from jax.typing import DTypeLike
 from jaxtyping import Float, Int32
 
 from moelora_kernels.backend import Implementation, choose
-from moelora_kernels.dense_lora.reference import dense_lora
-from moelora_kernels.tuning.tiles import linear_tiles
+from moelora_kernels.dense_lora.api import dense_lora
+from moelora_kernels.tuning.tiles import linear_tiles, loads_blocks
 from moelora_kernels.types import Buffer, LinearMap, TokenSort
 
-#: Rows up to which reading the weights takes most of the time, so that one launch is best. With 0
-#: all products are XLA's.
+#: Rows up to which reading the weights takes most of the time, so that one launch is best.
 MAX_ROWS = 128
+#: Columns from which on products of more rows are not XLA's, which splits sums where there are few.
+MIN_OUTPUTS = 512
 
 
 def linear_lora(
@@ -31,7 +33,7 @@ def linear_lora(
     """Linear maps of one input, each token with its adapter: ``W · x + bias + s · B · (A · x)``.
 
     In Triton up to ``MAX_ROWS`` tokens are one launch for all maps, which reads the weights where
-    they are in the stack. More are one product of XLA's, to which two launches add LoRA in place.
+    they are in the stack. So does that of more, behind another for the shrink.
 
     Args:
         x: in the compute dtype.
@@ -49,33 +51,33 @@ def linear_lora(
         with a sort and without.
     """
     dtype = jnp.dtype(dtype or x.dtype)
-    if choose(implementation) == "triton":
+    if choose(implementation) == "triton" and suits_triton(x, maps):
         from moelora_kernels.linear import triton, triton_many_rows
 
+        tiles = linear_tiles(len(x), [m.weight.shape[1] for m in maps], x.dtype)
         if len(x) <= MAX_ROWS:
-            outputs = [m.weight.shape[1] for m in maps]
-            tiles = linear_tiles(len(x), outputs, x.dtype)
             return triton.linear_lora(x, maps, layer, sort, signals, dtype, tiles)
-        # One copy from the stacks, and one product whose results lie side by side.
-        weight = jnp.concatenate([m.weight[layer] for m in maps])
-        biases = [
-            jnp.zeros(m.weight.shape[1], x.dtype) if m.bias is None else m.bias[layer] for m in maps
-        ]
-        bias = None if all(m.bias is None for m in maps) else jnp.concatenate(biases)
-        y = linear(x, weight, bias, dtype=dtype)
-        if sort is None:
-            return y
-        return triton_many_rows.add_lora(x, y, maps, layer, sort)
+        return triton_many_rows.linear_lora(x, maps, layer, sort, dtype, tiles)
     products = [
         linear(x, weight[layer], None if bias is None else bias[layer], dtype=dtype)
         for weight, bias, _ in maps
     ]
     if sort is not None:
+        options: Any = {"tile_rows": tile_rows, "implementation": implementation}
         products = [
-            y if m.pages is None else dense_lora(x, y, m.pages, sort, layer, tile_rows)
+            y if m.pages is None else dense_lora(x, y, m.pages, sort, layer, **options)
             for y, m in zip(products, maps, strict=True)
         ]
     return products[0] if len(products) == 1 else jnp.concatenate(products, axis=1)
+
+
+def suits_triton(x: Array, maps: Sequence[LinearMap]) -> bool:
+    """Whether Triton's kernels are for such maps; of many rows not all are faster there."""
+    if len(x) <= MAX_ROWS:
+        return True
+    # The tensor memory accelerator wants rows of whole 16 bytes.
+    can_load = loads_blocks() and x.dtype.itemsize == 2 and x.shape[1] % 8 == 0
+    return can_load and sum(m.weight.shape[1] for m in maps) >= MIN_OUTPUTS
 
 
 def linear(

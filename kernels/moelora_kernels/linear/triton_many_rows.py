@@ -1,12 +1,12 @@
-"""LoRA of linear maps of many rows, whose products XLA makes.
+"""Linear maps of many rows with LoRA, whose weights are read where they are in the stack.
 
-Rows are in the order of the sort, so that the rows of an adapter lie together. One launch shrinks:
-a program has a tile of rows, one page of all maps, and a part of the input's columns. Another
-expands: it adds up the parts, and adds ``z · B`` to a tile of what XLA made, in place.
+One launch shrinks: a program has a tile of rows in the order of the sort, so that those of an
+adapter lie together, one page of all maps, and a part of the input's columns. Another multiplies:
+a program has a tile of rows and columns of one map, whose steps the tensor memory accelerator
+loads, and before it stores adds ``z · B`` for one adapter after another.
 """
 
 from collections.abc import Sequence
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -14,91 +14,103 @@ import triton
 import triton.language as tl
 from jax import Array
 
-from moelora_kernels.backend import Launch, launch, precision, scalar
-from moelora_kernels.expert_lora.triton_expand import (
-    find_adapters,
-    find_pages,
-    load_pages,
-    spread,
-    stack_ranks,
-    tile_adapters,
-)
-from moelora_kernels.tuning.tiles import linear_lora_tiles
-from moelora_kernels.types import PAGE_ROWS, LinearMap, TokenSort
+from moelora_kernels.backend import Launch, Tiled, launch, precision, scalar
+from moelora_kernels.expert_lora.triton_expand import spread, tile_adapters
+from moelora_kernels.linear.triton import MAX_MAPS, find_block
+from moelora_kernels.tuning.tiles import LinearTiles, linear_shrink_tiles
+from moelora_kernels.types import PAGE_ROWS, Buffer, LinearMap, SitePages, TokenSort
 
-#: Maps with pages that one launch has parameters for.
-MAX_SITES = 3
+#: Tiles of rows that all columns are multiplied with before the next tiles.
+GROUP_TILES = 16
 
 
-def add_lora(x: Array, y: Array, maps: Sequence[LinearMap], layer: Array, sort: TokenSort) -> Array:
-    """``y``, which is what the maps make of ``x``, with LoRA: a shrink and an expand."""
-    sites = [m.pages for m in maps if m.pages is not None]
-    if not sites:
-        return y
-    if len(sites) > MAX_SITES:
-        raise ValueError(f"at most {MAX_SITES} maps can share a launch, not {len(sites)}")
+def linear_lora(
+    x: Array,
+    maps: Sequence[LinearMap],
+    layer: Array,
+    sort: TokenSort | None,
+    dtype: jnp.dtype,
+    tiles: LinearTiles,
+) -> Array:
+    """See :func:`moelora_kernels.linear_lora`."""
+    if len(maps) > MAX_MAPS:
+        raise ValueError(f"at most {MAX_MAPS} maps can share a launch, not {len(maps)}")
     tokens, width = x.shape
-    _, _, adapters, max_pages, _ = sites[0].table.shape
-    tiles = linear_lora_tiles(tokens, width, len(sites), max_pages, x.dtype)
-    missing = MAX_SITES - len(sites)
-    constants = {
-        "TOKENS": tokens,
-        "SITES": len(sites),
-        "PARTS": tiles.parts,
-        "NUM_ADAPTERS": adapters,
-        "MAX_PAGES": max_pages,
-        "PAGE_ROWS": PAGE_ROWS,
-        "Z_COLUMNS": sites[0].max_rank,
-        "PRECISION": precision(x.dtype),
-    }
-    rows = (scalar(layer), sort.order, sort.group_of_row)
-    factors = [array for site in sites for array in (site.a_pool, site.table, site.scaling)]
-    row_tiles = triton.cdiv(tokens, tiles.shrink_rows)
-    step = tiles.shrink_warps * tiles.shrink_k
-    (z,) = launch(
-        shrink_tiles,
-        (x, *rows, *factors, *[None] * (3 * missing)),
-        [jax.ShapeDtypeStruct((tiles.parts, len(sites), tokens, sites[0].max_rank), jnp.float32)],
-        None,
-        Launch((row_tiles * tiles.parts, max_pages), num_warps=tiles.shrink_warps, num_stages=3),
-        WIDTH=width,
-        PART=triton.cdiv(triton.cdiv(width, tiles.parts), step) * step,
-        SITE_LANES=triton.next_power_of_2(len(sites)),
-        WARPS=tiles.shrink_warps,
-        BLOCK_M=tiles.shrink_rows,
-        BLOCK_K=tiles.shrink_k,
-        **constants,
-    )
-    starts, outs, start = [], [], 0
+    sites = [] if sort is None else [m.pages for m in maps if m.pages is not None]
+    ranks: list[Buffer | None] = [None, None, None]
+    parts = adapters = max_pages = max_rank = 0
+    if sort is not None and sites:
+        z = shrink(x, sites, layer, sort)
+        ranks, parts = [sort.row_of_pair, sort.group_of_row, z], z.shape[0]
+        _, _, adapters, max_pages, _ = sites[0].table.shape
+        max_rank = sites[0].max_rank
+    arrays: list[Array | Tiled | None] = []
     for m in maps:
-        if m.pages is not None:
-            starts.append(start)
-            outs.append(m.weight.shape[1])
-        start += m.weight.shape[1]
-    blocks = sum(triton.cdiv(out, tiles.block_n) for out in outs)
-    starts, outs = starts + [0] * missing, outs + [0] * missing
-    factors = [array for site in sites for array in (site.b_pool, site.table)]
-    # XLA makes no copy here where nothing else reads the products.
-    total: Any = jax.new_ref(y)
-    launch(
-        expand_tiles,
-        (*rows, *factors, *[None] * (2 * missing), z),
-        (),
-        [total],
-        Launch((triton.cdiv(tokens, tiles.block_m) * blocks,), num_warps=tiles.num_warps),
-        START_0=starts[0],
-        START_1=starts[1],
-        START_2=starts[2],
-        OUT_0=outs[0],
-        OUT_1=outs[1],
-        OUT_2=outs[2],
-        Y_STRIDE=start,
-        PAGES=min(triton.next_power_of_2(max_pages), 4),
+        pages = m.pages if sites else None
+        # The stack's layers lie one below the other.
+        arrays += [Tiled(m.weight.reshape(-1, width), (tiles.block_n, tiles.block_k)), m.bias]
+        arrays += [None, None] if pages is None else [pages.b_pool, pages.table]
+    arrays += [None] * (4 * (MAX_MAPS - len(maps)))
+    outputs = [m.weight.shape[1] for m in maps] + [0] * (MAX_MAPS - len(maps))
+    blocks = sum(triton.cdiv(out, tiles.block_n) for out in outputs)
+    (y,) = launch(
+        multiply_tiles,
+        (Tiled(x, (tiles.block_m, tiles.block_k)), scalar(layer), *arrays, *ranks),
+        [jax.ShapeDtypeStruct((tokens, sum(outputs)), dtype)],
+        None,
+        Launch((triton.cdiv(tokens, tiles.block_m) * blocks,), tiles.num_warps, tiles.num_stages),
+        **{f"OUT_{number}": size for number, size in enumerate(outputs)},
+        WIDTH=width,
+        TOKENS=tokens,
         BLOCK_M=tiles.block_m,
         BLOCK_N=tiles.block_n,
-        **constants,
+        BLOCK_K=tiles.block_k,
+        GROUP_TILES=GROUP_TILES,
+        PRECISION=precision(x.dtype),
+        SITES=len(sites),
+        PARTS=parts,
+        NUM_ADAPTERS=adapters,
+        MAX_PAGES=max_pages,
+        PAGE_ROWS=PAGE_ROWS,
+        Z_COLUMNS=max_rank,
     )
-    return jax.freeze(total)
+    return y
+
+
+def shrink(x: Array, sites: Sequence[SitePages], layer: Array, sort: TokenSort) -> Array:
+    """Rank activations of sorted rows, ``[parts, sites, tokens, max_rank]``, whose parts add up."""
+    tokens, width = x.shape
+    missing = MAX_MAPS - len(sites)
+    factors = [array for site in sites for array in (site.a_pool, site.table, site.scaling)]
+    tiles = linear_shrink_tiles(tokens, width, len(sites), x.dtype)
+    step = tiles.num_warps * tiles.block_k
+    _, _, adapters, max_pages, _ = sites[0].table.shape
+    (z,) = launch(
+        shrink_tiles,
+        (x, scalar(layer), sort.order, sort.group_of_row, *factors, *[None] * (3 * missing)),
+        [jax.ShapeDtypeStruct((tiles.parts, len(sites), tokens, sites[0].max_rank), jnp.float32)],
+        None,
+        Launch(
+            (triton.cdiv(tokens, tiles.rows) * tiles.parts, max_pages),
+            num_warps=tiles.num_warps,
+            num_stages=3,
+        ),
+        WIDTH=width,
+        PART=triton.cdiv(triton.cdiv(width, tiles.parts), step) * step,
+        TOKENS=tokens,
+        SITES=len(sites),
+        SITE_LANES=triton.next_power_of_2(len(sites)),
+        PARTS=tiles.parts,
+        NUM_ADAPTERS=adapters,
+        MAX_PAGES=max_pages,
+        PAGE_ROWS=PAGE_ROWS,
+        Z_COLUMNS=sites[0].max_rank,
+        WARPS=tiles.num_warps,
+        BLOCK_M=tiles.rows,
+        BLOCK_K=tiles.block_k,
+        PRECISION=precision(x.dtype),
+    )
+    return z
 
 
 @triton.jit
@@ -197,124 +209,192 @@ def shrink_tiles(
 
 
 @triton.jit
-def expand_tiles(
+def multiply_tiles(
+    x_blocks,
     layer_ptr,
-    order_ptr,
-    group_ptr,
+    weight_0_blocks,
+    bias_0_ptr,
     b_0_ptr,
     table_0_ptr,
+    weight_1_blocks,
+    bias_1_ptr,
     b_1_ptr,
     table_1_ptr,
+    weight_2_blocks,
+    bias_2_ptr,
     b_2_ptr,
     table_2_ptr,
+    row_ptr,
+    group_ptr,
     z_ptr,
     y_ptr,
-    TOKENS: tl.constexpr,
-    SITES: tl.constexpr,
-    START_0: tl.constexpr,
-    START_1: tl.constexpr,
-    START_2: tl.constexpr,
     OUT_0: tl.constexpr,
     OUT_1: tl.constexpr,
     OUT_2: tl.constexpr,
-    Y_STRIDE: tl.constexpr,
+    WIDTH: tl.constexpr,
+    TOKENS: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    GROUP_TILES: tl.constexpr,
+    PRECISION: tl.constexpr,
+    SITES: tl.constexpr,
     PARTS: tl.constexpr,
     NUM_ADAPTERS: tl.constexpr,
     MAX_PAGES: tl.constexpr,
     PAGE_ROWS: tl.constexpr,
-    PAGES: tl.constexpr,
     Z_COLUMNS: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    PRECISION: tl.constexpr,
 ):
-    """``y + z · B``; neighbouring programs have the same rows."""
-    BLOCKS_0: tl.constexpr = (OUT_0 + BLOCK_N - 1) // BLOCK_N
-    BLOCKS_1: tl.constexpr = (OUT_1 + BLOCK_N - 1) // BLOCK_N
-    BLOCKS_2: tl.constexpr = (OUT_2 + BLOCK_N - 1) // BLOCK_N
-    BLOCKS: tl.constexpr = BLOCKS_0 + BLOCKS_1 + BLOCKS_2
-    tile, block = tl.program_id(0) // BLOCKS, tl.program_id(0) % BLOCKS
+    """One tile of rows and columns of one map per program."""
+    TILES: tl.constexpr = (TOKENS + BLOCK_M - 1) // BLOCK_M
+    BLOCKS: tl.constexpr = (
+        (OUT_0 + BLOCK_N - 1) // BLOCK_N
+        + (OUT_1 + BLOCK_N - 1) // BLOCK_N
+        + (OUT_2 + BLOCK_N - 1) // BLOCK_N
+    )
+    # Neighbours have few rows and few columns, which they find in the L2 cache.
+    group = tl.program_id(0) // (GROUP_TILES * BLOCKS)
+    size = tl.minimum(TILES - group * GROUP_TILES, GROUP_TILES)
+    within = tl.program_id(0) % (GROUP_TILES * BLOCKS)
+    tile = group * GROUP_TILES + within % size
+    number, block, _, _ = find_block(within // size, OUT_0, OUT_1, OUT_2, BLOCK_N)
     layer = tl.load(layer_ptr)
-    # A branch per map keeps the alignment of each pointer known to the compiler.
-    if block < BLOCKS_0:
-        expand_tile(
-            tile, block, 0, layer, order_ptr, group_ptr, b_0_ptr, table_0_ptr, z_ptr,
-            y_ptr + START_0,
-            OUT_0, Y_STRIDE, TOKENS, SITES, NUM_ADAPTERS, MAX_PAGES, PAGE_ROWS, PAGES,
-            Z_COLUMNS, PARTS, BLOCK_M, BLOCK_N, PRECISION,
+    Y_STRIDE: tl.constexpr = OUT_0 + OUT_1 + OUT_2
+    Z_SITE: tl.constexpr = TOKENS * Z_COLUMNS
+    # A descriptor cannot be chosen by a number, so each map has a branch.
+    if number == 0:
+        multiply_tile(
+            tile, block, layer, x_blocks, weight_0_blocks, bias_0_ptr, b_0_ptr, table_0_ptr,
+            row_ptr, group_ptr, z_ptr, y_ptr,
+            OUT_0, Y_STRIDE, WIDTH, TOKENS, BLOCK_M, BLOCK_N, BLOCK_K, PRECISION,
+            SITES, PARTS, NUM_ADAPTERS, MAX_PAGES, PAGE_ROWS, Z_COLUMNS,
         )  # fmt: skip
-    elif block < BLOCKS_0 + BLOCKS_1:
-        if SITES > 1:
-            expand_tile(
-                tile, block - BLOCKS_0, 1, layer, order_ptr, group_ptr, b_1_ptr, table_1_ptr,
-                z_ptr, y_ptr + START_1,
-                OUT_1, Y_STRIDE, TOKENS, SITES, NUM_ADAPTERS, MAX_PAGES, PAGE_ROWS, PAGES,
-                Z_COLUMNS, PARTS, BLOCK_M, BLOCK_N, PRECISION,
+    # Rank activations of maps without pages do not exist.
+    if b_0_ptr is not None:
+        z_ptr += Z_SITE
+    if OUT_1 > 0:
+        if number == 1:
+            multiply_tile(
+                tile, block, layer, x_blocks, weight_1_blocks, bias_1_ptr, b_1_ptr, table_1_ptr,
+                row_ptr, group_ptr, z_ptr, y_ptr + OUT_0,
+                OUT_1, Y_STRIDE, WIDTH, TOKENS, BLOCK_M, BLOCK_N, BLOCK_K, PRECISION,
+                SITES, PARTS, NUM_ADAPTERS, MAX_PAGES, PAGE_ROWS, Z_COLUMNS,
             )  # fmt: skip
-    elif SITES > 2:
-        expand_tile(
-            tile, block - BLOCKS_0 - BLOCKS_1, 2, layer, order_ptr, group_ptr, b_2_ptr,
-            table_2_ptr, z_ptr, y_ptr + START_2,
-            OUT_2, Y_STRIDE, TOKENS, SITES, NUM_ADAPTERS, MAX_PAGES, PAGE_ROWS, PAGES,
-            Z_COLUMNS, PARTS, BLOCK_M, BLOCK_N, PRECISION,
-        )  # fmt: skip
+        if b_1_ptr is not None:
+            z_ptr += Z_SITE
+    if OUT_2 > 0:
+        if number == 2:
+            multiply_tile(
+                tile, block, layer, x_blocks, weight_2_blocks, bias_2_ptr, b_2_ptr, table_2_ptr,
+                row_ptr, group_ptr, z_ptr, y_ptr + OUT_0 + OUT_1,
+                OUT_2, Y_STRIDE, WIDTH, TOKENS, BLOCK_M, BLOCK_N, BLOCK_K, PRECISION,
+                SITES, PARTS, NUM_ADAPTERS, MAX_PAGES, PAGE_ROWS, Z_COLUMNS,
+            )  # fmt: skip
 
 
 @triton.jit
-def expand_tile(
+def multiply_tile(
     tile,
     block,
-    site,
     layer,
-    order_ptr,
-    group_ptr,
+    x_blocks,
+    weight_blocks,
+    bias_ptr,
     b_ptr,
     table_ptr,
+    row_ptr,
+    group_ptr,
     z_ptr,
     y_ptr,
     OUT: tl.constexpr,
     Y_STRIDE: tl.constexpr,
+    WIDTH: tl.constexpr,
     TOKENS: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    PRECISION: tl.constexpr,
     SITES: tl.constexpr,
+    PARTS: tl.constexpr,
     NUM_ADAPTERS: tl.constexpr,
     MAX_PAGES: tl.constexpr,
     PAGE_ROWS: tl.constexpr,
-    PAGES: tl.constexpr,
     Z_COLUMNS: tl.constexpr,
-    PARTS: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    PRECISION: tl.constexpr,
 ):
-    """``y + z · B`` of a tile of rows and ``BLOCK_N`` columns of one map."""
-    first = tile * BLOCK_M
-    rows = first + tl.arange(0, BLOCK_M)
-    token = tl.load(order_ptr + rows, mask=rows < TOKENS, other=-1)
-    inside = token >= 0
-    columns = block * BLOCK_N + tl.arange(0, BLOCK_N)
-    y_ptrs = y_ptr + token.to(tl.int64)[:, None] * Y_STRIDE + columns[None, :]
-    present = inside[:, None] & (columns < OUT)[None, :]
-    # On its way while adapters and pages are looked up.
-    y = tl.load(y_ptrs, mask=present, other=0.0)
-    adapter, slot, num_slots = tile_adapters(first, rows, inside, 0, group_ptr, NUM_ADAPTERS)
-    if num_slots > 0:
+    """A tile of rows and columns of one map."""
+    first, column = tile * BLOCK_M, block * BLOCK_N
+    token = first + tl.arange(0, BLOCK_M)
+    columns = column + tl.arange(0, BLOCK_N)
+    if b_ptr is not None:
         table_ptr += (layer * 2 + 1) * NUM_ADAPTERS * MAX_PAGES
-        z_ptrs = z_ptr + (site * TOKENS + rows)[:, None] * Z_COLUMNS
-        total = y.to(tl.float32)
-        for first_page in tl.static_range(0, MAX_PAGES, PAGES):
-            column = first_page * PAGE_ROWS + tl.arange(0, PAGES * PAGE_ROWS)
-            mask = (adapter >= 0)[:, None] & (column < Z_COLUMNS)[None, :]
-            z = tl.load(z_ptrs + column[None, :], mask=mask, other=0.0)
-            for part in tl.static_range(1, PARTS):
-                part_ptrs = z_ptrs + part * (SITES * TOKENS * Z_COLUMNS)
-                z += tl.load(part_ptrs + column[None, :], mask=mask, other=0.0)
-            z = z.to(b_ptr.dtype.element_ty)
-            for chosen in tl.range(0, num_slots, num_stages=1):
-                slot_adapter, mine = find_adapters(chosen, adapter, slot, 1)
-                pool_row = find_pages(slot_adapter, first_page, table_ptr, 1, MAX_PAGES, PAGES)
-                b = load_pages(pool_row, columns, b_ptr, OUT, 1, PAGES, PAGE_ROWS)
-                stacked = stack_ranks(z, mine, pool_row, BLOCK_M, 1, PAGES, PAGE_ROWS)
-                total = tl.dot(stacked, b, total, input_precision=PRECISION)
-        # Rows of the base model are left as they are.
-        stored = present & (adapter >= 0)[:, None]
-        tl.store(y_ptrs, total.to(y_ptr.dtype.element_ty), mask=stored)
+        row = tl.load(row_ptr + token, mask=token < TOKENS, other=-1)
+        group = tl.load(group_ptr + row, mask=row >= 0, other=0)
+        # Without an adapter it is one past the last.
+        adapter = tl.where(group > 0, group - 1, NUM_ADAPTERS)
+        chosen = tl.min(adapter, 0)
+        # On their way while the products are made.
+        z, b = load_page(
+            chosen, 0, adapter, row, columns, table_ptr, b_ptr, z_ptr,
+            OUT, TOKENS, SITES, PARTS, NUM_ADAPTERS, MAX_PAGES, PAGE_ROWS, Z_COLUMNS,
+        )  # fmt: skip
+    total = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    for k in range(0, WIDTH, BLOCK_K):
+        # What is past the last row, output or column is not stored, or zero.
+        x, weight = x_blocks.load([first, k]), weight_blocks.load([layer * OUT + column, k])
+        total = tl.dot(x, tl.trans(weight), total, input_precision=PRECISION)
+    if bias_ptr is not None:
+        bias = tl.load(bias_ptr + layer * OUT + columns, mask=columns < OUT, other=0.0)
+        total += bias.to(tl.float32)[None, :]
+    if b_ptr is not None:
+        page = 0
+        while chosen < NUM_ADAPTERS:
+            total = tl.dot(z, b, total, input_precision=PRECISION)
+            page += 1
+            if page == MAX_PAGES:
+                page = 0
+                chosen = tl.min(tl.where(adapter > chosen, adapter, NUM_ADAPTERS), 0)
+            z, b = load_page(
+                chosen, page, adapter, row, columns, table_ptr, b_ptr, z_ptr,
+                OUT, TOKENS, SITES, PARTS, NUM_ADAPTERS, MAX_PAGES, PAGE_ROWS, Z_COLUMNS,
+            )  # fmt: skip
+    tl.store(
+        y_ptr + token.to(tl.int64)[:, None] * Y_STRIDE + columns[None, :],
+        total.to(y_ptr.dtype.element_ty),
+        mask=(token < TOKENS)[:, None] & (columns < OUT)[None, :],
+    )
+
+
+@triton.jit
+def load_page(
+    chosen,
+    page,
+    adapter,
+    row,
+    columns,
+    table_ptr,
+    b_ptr,
+    z_ptr,
+    OUT: tl.constexpr,
+    TOKENS: tl.constexpr,
+    SITES: tl.constexpr,
+    PARTS: tl.constexpr,
+    NUM_ADAPTERS: tl.constexpr,
+    MAX_PAGES: tl.constexpr,
+    PAGE_ROWS: tl.constexpr,
+    Z_COLUMNS: tl.constexpr,
+):
+    """One page of an adapter's B, and the rank activations of its rows; zeros where there is none.
+
+    Returns:
+        ``[rows, PAGE_ROWS]`` and ``[PAGE_ROWS, columns]``, both in the dtype of B.
+    """
+    pool_row = tl.load(table_ptr + chosen * MAX_PAGES + page, mask=chosen < NUM_ADAPTERS, other=-1)
+    rank = tl.arange(0, PAGE_ROWS)
+    z_ptrs = z_ptr + row[:, None] * Z_COLUMNS + page * PAGE_ROWS + rank[None, :]
+    mine = ((adapter == chosen) & (pool_row >= 0))[:, None]
+    z = tl.load(z_ptrs, mask=mine, other=0.0)
+    for part in tl.static_range(1, PARTS):
+        z += tl.load(z_ptrs + part * SITES * TOKENS * Z_COLUMNS, mask=mine, other=0.0)
+    b_ptrs = b_ptr + (pool_row.to(tl.int64) * PAGE_ROWS + rank)[:, None] * OUT + columns[None, :]
+    b = tl.load(b_ptrs, mask=(pool_row >= 0) & (columns < OUT)[None, :], other=0.0)
+    return z.to(b.dtype), b

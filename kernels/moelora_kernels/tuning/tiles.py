@@ -83,7 +83,7 @@ class GemmTiles:
 
 @dataclass(frozen=True)
 class LinearTiles:
-    """Launch parameters of linear maps with few rows.
+    """Launch parameters of linear maps.
 
     Attributes:
         block_m: rows of a program; 1 for the one row of a batch, on the ordinary units.
@@ -105,26 +105,20 @@ class LinearTiles:
 
 
 @dataclass(frozen=True)
-class LinearLoraTiles:
-    """Launch parameters of LoRA of linear maps with many rows.
+class LinearShrinkTiles:
+    """Launch parameters of the shrink of linear maps with many rows.
 
     Attributes:
-        shrink_rows: rows of a program that shrinks.
-        shrink_k: summed columns of one step of a warp of it.
-        shrink_warps: its warps, each of which sums columns of its own.
+        rows: rows of a program.
+        block_k: summed columns of one step of a warp.
+        num_warps: warps per program, each of which sums columns of its own.
         parts: programs that share the columns of a tile of rows.
-        block_m: rows of a program that expands.
-        block_n: its output columns.
-        num_warps: its warps.
     """
 
-    shrink_rows: int
-    shrink_k: int
-    shrink_warps: int
-    parts: int
-    block_m: int
-    block_n: int
+    rows: int
+    block_k: int
     num_warps: int
+    parts: int
 
 
 @dataclass(frozen=True)
@@ -257,7 +251,7 @@ def dense_tiles(tokens: int, width: int, dtype: DTypeLike) -> tuple[ShrinkTiles,
 
 
 def linear_tiles(tokens: int, outputs: Sequence[int], dtype: DTypeLike) -> LinearTiles:
-    """Tiles of linear maps of few rows, which have so many outputs each.
+    """Tiles of linear maps which have so many outputs each.
 
     Measured with the shapes of Qwen3-30B-A3B on an H200. What counts is how many bytes are on
     their way from all processors, so narrow maps have the sums of a tile shared by programs.
@@ -288,32 +282,47 @@ def linear_tiles(tokens: int, outputs: Sequence[int], dtype: DTypeLike) -> Linea
         return LinearTiles(32, 64, 64, 4, 4, parts(32, 64, 264))
     if tokens <= 64:
         return LinearTiles(64, 64, 64, 4, 6, parts(64, 64, 170))
-    return LinearTiles(64, 64, 64, 4, 5, parts(64, 64, 264))
+    if tokens <= 128:
+        return LinearTiles(64, 64, 64, 4, 5, parts(64, 64, 264))
+    large, small = blocks(256) * -(-tokens // 128), blocks(128) * -(-tokens // 128)
+    # Rounds of tiles shall leave few processors idle in the last one.
+    if large > 0.9 * -(-large // PROCESSORS) * PROCESSORS:
+        tiles = LinearTiles(128, 256, 64, num_warps=8, num_stages=3)
+    elif small <= PROCESSORS // 2:
+        tiles = LinearTiles(64, 128, 128, num_warps=4, num_stages=4)
+    else:
+        # With three stages two programs share a processor.
+        all_at_once = PROCESSORS < small <= 2 * PROCESSORS
+        tiles = LinearTiles(128, 128, 64, num_warps=8, num_stages=3 if all_at_once else 4)
+    stages = _shared_memory() // (2 * tiles.block_k * (tiles.block_m + tiles.block_n))
+    return replace(tiles, num_stages=min(tiles.num_stages, stages))
 
 
-def linear_lora_tiles(
-    tokens: int, width: int, sites: int, pages: int, dtype: DTypeLike
-) -> LinearLoraTiles:
-    """Tiles of LoRA of ``sites`` linear maps with many rows, whose tables have ``pages``."""
+def linear_shrink_tiles(tokens: int, width: int, sites: int, dtype: DTypeLike) -> LinearShrinkTiles:
+    """Tiles of the shrink of ``sites`` linear maps with many rows."""
     rows, warps, size = 16 if tokens <= 1024 else 32, 4, jnp.dtype(dtype).itemsize
     # Three stages of rows and of a page of each map, whose number is rounded up to a power of two.
     lines = rows + PAGE_ROWS * (1 << (sites - 1).bit_length())
     columns = _shared_memory() // (3 * lines * warps * size)
     # Products of float32 run on the ordinary units, which have few registers for them.
-    shrink_k = next(k for k in ((64, 32, 16) if size < 4 else (16,)) if k <= max(columns, 16))
+    block_k = next(k for k in ((64, 32, 16) if size < 4 else (16,)) if k <= max(columns, 16))
     # All processors have work, of at least a step.
-    parts = max(1, min(PROCESSORS // -(-tokens // rows), width // (warps * shrink_k)))
-    if size == 4:
-        return LinearLoraTiles(rows, shrink_k, warps, parts, 32, 32, 4)
-    # Sums, and pages that are multiplied at once, must fit into registers.
-    block_m, block_n = (32 if tokens <= 1024 else 64), 256 // min(1 << (pages - 1).bit_length(), 4)
-    return LinearLoraTiles(rows, shrink_k, warps, parts, block_m, block_n, 4)
+    parts = max(1, min(PROCESSORS // -(-tokens // rows), width // (warps * block_k)))
+    return LinearShrinkTiles(rows, block_k, warps, parts)
+
+
+def loads_blocks() -> bool:
+    """Whether the default device has a tensor memory accelerator, as Hopper and its successors."""
+    return float(_compute_capability()) >= 9
 
 
 def _shared_memory() -> int:
     """Bytes of shared memory that one program can have on the default device."""
-    capability = getattr(jax.devices()[0], "compute_capability", "9.0")
-    return SHARED_MEMORY.get(capability, min(SHARED_MEMORY.values()))
+    return SHARED_MEMORY.get(_compute_capability(), min(SHARED_MEMORY.values()))
+
+
+def _compute_capability() -> str:
+    return getattr(jax.devices()[0], "compute_capability", "9.0")
 
 
 @functools.cache
