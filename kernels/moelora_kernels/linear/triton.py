@@ -58,6 +58,9 @@ def linear_lora(
     tokens, width = x.shape
     outputs = [m.weight.shape[1] for m in maps]
     sites = _sites(maps, sort)
+    if not sites:
+        # The launch is that of the base model, as the router's is: nothing is looked up.
+        sort = None
     block_k = min(tiles.block_k, max(triton.next_power_of_2(width), 16))
     # No part is empty.
     steps = triton.cdiv(width, block_k)
