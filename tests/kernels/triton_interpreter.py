@@ -264,11 +264,13 @@ def check_shared() -> None:
 
 def check_sort() -> None:
     rng = np.random.default_rng(0)
-    sizes = {"num_experts": 20, "num_adapters": 4, "tile_rows": 16}
-    experts = jnp.asarray(rng.integers(20, size=(150, 2)), jnp.int32)
+    # Half of the pairs have one expert, whose tiles are cut to about equal size.
+    drawn, kept = rng.integers(20, size=(150, 2)), rng.integers(2, size=(150, 2))
+    experts = jnp.asarray(drawn * kept, jnp.int32)
     adapters = jnp.asarray(rng.integers(-1, 4, size=150), jnp.int32)
-    for num_tokens in (150, 70, 0):
+    for num_tokens, tile_rows in ((150, 16), (150, 48), (70, 144), (0, 16)):
         arguments = (experts, adapters, jnp.int32(num_tokens))
+        sizes = {"num_experts": 20, "num_adapters": 4, "tile_rows": tile_rows}
         expected, actual = (
             sort_tokens(*arguments, **sizes, implementation=name)  # type: ignore[arg-type]
             for name in ("reference", "triton")
