@@ -231,7 +231,7 @@ plt.show()
 # second change makes the base model faster, too.
 
 # %%
-forms_file = sorted((root / "benchmarks" / "results").glob("h200_forms_*.json"))[-1]
+forms_file = root / "benchmarks" / "results" / "h200_forms_2026-11-22.json"
 forms = json.loads(forms_file.read_text())
 panels_of = {
     "shrink": ("a launch before", "within the product"),
@@ -260,7 +260,7 @@ panels[0].set_ylabel("LoRA time / roofline, rank 16")
 plt.show()
 
 # %% [markdown]
-# One launch is not faster everywhere: for Mixtral, whose tiles are few and long, it is slower, so
-# the table of tiles keeps several launches there. `docs/performance.md` says what was tried, what
+# One launch is not faster everywhere: for Mixtral, whose tiles are few and long, it was slower, and
+# at 32 tokens the table of tiles keeps several. `docs/performance.md` says what was tried, what
 # is missing and what was not measured; `python -m benchmarks.moe_layer --points anchors` measures
 # all points again on a card of yours.
