@@ -265,8 +265,10 @@ def linear_tiles(
             order = tl.load(order_ptr + rows, mask=inside, other=-1)
             token = tl.where(order >= 0, order, rows)
         columns = block * BLOCK_N + tl.arange(0, BLOCK_N)
-        # Columns past the last repeat it, so that loads need no mask.
-        column = tl.minimum(columns, out - 1)
+        column = columns
+        if OUT_0 % BLOCK_N != 0 or OUT_1 % BLOCK_N != 0 or OUT_2 % BLOCK_N != 0:
+            # Columns past the last repeat it, so that loads need no mask.
+            column = tl.minimum(columns, out - 1)
         if SHRINKS > 0:
             b_ptr = of_map(number, b_0_ptr, b_1_ptr, b_2_ptr)
             table_ptr = of_map(number, table_0_ptr, table_1_ptr, table_2_ptr)
@@ -389,6 +391,9 @@ def find_block(
     block -= tl.where(number == 0, 0, tl.where(number == 1, BLOCKS_0, BLOCKS_0 + BLOCKS_1))
     out = tl.where(number == 0, OUT_0, tl.where(number == 1, OUT_1, OUT_2))
     start = tl.where(number == 0, 0, tl.where(number == 1, OUT_0, OUT_0 + OUT_1))
+    if OUT_0 % 8 == 0 and OUT_1 % 8 == 0 and OUT_2 % 8 == 0:
+        # The compiler does not see it through a choice, and would load pages number by number.
+        out, start = tl.multiple_of(out, 8), tl.multiple_of(start, 8)
     return number, block, out, start
 
 
