@@ -76,7 +76,12 @@ def paged_attention(
         ),
         [final if splits == 1 else partial],
         refs if splits == 1 else None,
-        Launch((num_tiles, kv_heads, splits), num_warps=8 if block_m >= 128 else 4, num_stages=3),
+        Launch(
+            (num_tiles, kv_heads, splits),
+            num_warps=8 if block_m >= 128 else 4,
+            # Of wide heads in float32 more do not fit into shared memory.
+            num_stages=2 if queries.dtype == jnp.float32 else 3,
+        ),
         **shared,
         HEAD_DIM=head_dim,
         BLOCK_D=max(triton.next_power_of_2(head_dim), MIN_BLOCK),
@@ -94,8 +99,9 @@ def paged_attention(
     if splits > 1:
         how = Launch((tokens, heads), num_warps=4)
         (result,) = launch(
-            join_splits, (result, sinks), [final], refs, how, TOKENS=tokens, **shared
-        )
+            join_splits, (result, sinks), [final], refs, how,
+            TOKENS=tokens, SPLIT_LANES=triton.next_power_of_2(splits), **shared,
+        )  # fmt: skip
     return result
 
 
@@ -159,13 +165,17 @@ def attend_tiles(
         maximum = tl.full([BLOCK_M], float("-inf"), tl.float32)
         weights_sum = tl.zeros([BLOCK_M], tl.float32)
         total = tl.zeros([BLOCK_M, BLOCK_V], tl.float32)
-        for start in range(oldest + split * part, stop, BLOCK_N):
+        begin = oldest + split * part
+        # Blocks are looked up a step ahead, or keys and values could not be copied ahead.
+        table_ptr += sequence * TABLE_WIDTH
+        place = begin + tl.arange(0, BLOCK_N)
+        block = tl.load(table_ptr + place // BLOCK_SIZE, mask=place < stop, other=0)
+        for start in range(begin, stop, BLOCK_N):
             place = start + tl.arange(0, BLOCK_N)
             exists = place < stop
-            block = tl.load(
-                table_ptr + sequence * TABLE_WIDTH + place // BLOCK_SIZE, mask=exists, other=0
-            )
             cache_row = (layer_row + block) * BLOCK_SIZE + place % BLOCK_SIZE
+            next_place = place + BLOCK_N
+            block = tl.load(table_ptr + next_place // BLOCK_SIZE, mask=next_place < stop, other=0)
             cached = cache_row * KV_HEADS + kv_head
             # Nothing is read behind the last position: it may be anything, also NaN.
             key = tl.load(
@@ -220,24 +230,26 @@ def join_splits(
     SPLITS: tl.constexpr,
     EXTRA_COLUMNS: tl.constexpr,
     TOKENS: tl.constexpr,
+    SPLIT_LANES: tl.constexpr,
 ):
-    """One token and head per program."""
+    """One token and head per program, which loads all parts at once."""
     row = tl.program_id(0) * HEADS + tl.program_id(1)
-    column = tl.arange(0, BLOCK_V)
-    maximum = float("-inf")
-    for split in range(SPLITS):
-        part_ptr = partial_ptr + (split * TOKENS * HEADS + row) * (VALUE_DIM + EXTRA_COLUMNS)
-        maximum = tl.maximum(maximum, tl.load(part_ptr + VALUE_DIM))
-    weights_sum = 0.0
-    total = tl.zeros([BLOCK_V], tl.float32)
-    for split in range(SPLITS):
-        part_ptr = partial_ptr + (split * TOKENS * HEADS + row) * (VALUE_DIM + EXTRA_COLUMNS)
-        weight = tl.exp2(tl.load(part_ptr + VALUE_DIM) - maximum)
-        weights_sum += weight * tl.load(part_ptr + VALUE_DIM + 1)
-        total += weight * tl.load(part_ptr + column, mask=column < VALUE_DIM, other=0.0)
+    split, column = tl.arange(0, SPLIT_LANES), tl.arange(0, BLOCK_V)
+    exists = split < SPLITS
+    part_ptr = partial_ptr + (split * (TOKENS * HEADS) + row) * (VALUE_DIM + EXTRA_COLUMNS)
+    maximum = tl.load(part_ptr + VALUE_DIM, mask=exists, other=float("-inf"))
+    weights = tl.load(part_ptr + VALUE_DIM + 1, mask=exists, other=0.0)
+    totals = tl.load(
+        part_ptr[:, None] + column[None, :],
+        mask=exists[:, None] & (column < VALUE_DIM)[None, :],
+        other=0.0,
+    )
+    largest = tl.max(maximum, 0)
+    scale = tl.exp2(maximum - largest)
+    weights_sum = tl.sum(scale * weights, 0)
     if sinks_ptr is not None:
         sink = tl.load(sinks_ptr + tl.program_id(1)).to(tl.float32) * LOG2_E
-        weights_sum += tl.exp2(sink - maximum)
-    total = total / weights_sum
+        weights_sum += tl.exp2(sink - largest)
+    total = tl.sum(scale[:, None] * totals, 0) / weights_sum
     out_ptrs = out_ptr + row * VALUE_DIM + column
     tl.store(out_ptrs, total.to(out_ptr.dtype.element_ty), mask=column < VALUE_DIM)
