@@ -38,6 +38,8 @@ from moelora_kernels.waiting import clear, leave, signal, wait_for
 MAX_MAPS = 3
 #: Programs that share the sums of a page, at most.
 SHRINK_PARTS = 4
+#: Programs that shrink, above which they do not share sums: the products would begin late.
+MAX_SHRINKS = 320
 #: Counters of the whole launch; one for each tile follows them.
 LAUNCH_SIGNALS = 8
 
@@ -72,10 +74,12 @@ def linear_lora(
         max_rank = sites[0].max_rank
         # A stack has several pages of one adapter where adapters have several.
         pages = min(triton.next_power_of_2(max_pages), 4)
-        shrink_parts = triton.cdiv(steps, triton.cdiv(steps, SHRINK_PARTS))
         # A tile of rows has so many adapters at most.
-        blocks = triton.cdiv(min(tiles.block_m, adapters) * max_rank, tiles.block_n)
-        shrinks = blocks * row_tiles * len(maps) * shrink_parts
+        present = min(tiles.block_m, tokens, adapters)
+        shrinks = triton.cdiv(present * max_rank, tiles.block_n) * row_tiles * len(maps)
+        most_parts = max(1, min(SHRINK_PARTS, MAX_SHRINKS // shrinks))
+        shrink_parts = triton.cdiv(steps, triton.cdiv(steps, most_parts))
+        shrinks *= shrink_parts
         scratch = shrink_parts * len(maps) * tokens * max_rank
     if parts > 1:
         if LAUNCH_SIGNALS + targets > SIGNALS[0]:
