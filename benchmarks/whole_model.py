@@ -114,7 +114,7 @@ KINDS = {
     "|list_steps|grouped_product|shrink_r",
     "router": "route_token",
     "attention": "attend_tiles|join_splits",
-    "linear maps": "linear_tiles|dense|shrink_tiles|expand_tiles",
+    "linear maps": "linear_tiles|add_update|dense|shrink_tiles|expand_tiles",
     "norms and heads": "add_and_normalise|prepare_group",
     "cache": "scatter|write_cache",
     "copies": "memcpy|memset|copy|dynamic.slice",

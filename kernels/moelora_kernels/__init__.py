@@ -11,7 +11,7 @@ from moelora_kernels.expert_lora.api import down, gate_up, shrink
 from moelora_kernels.fused_experts.api import fused_experts
 from moelora_kernels.heads.api import prepare_heads
 from moelora_kernels.heads.reference import rotate
-from moelora_kernels.linear.api import linear, linear_lora
+from moelora_kernels.linear.api import linear, linear_lora, linear_lora_deferred
 from moelora_kernels.norm.api import add_rms_norm
 from moelora_kernels.norm.reference import rms_norm
 from moelora_kernels.router.api import route
@@ -24,6 +24,7 @@ from moelora_kernels.types import (
     ExpertGroups,
     ExpertPages,
     LinearMap,
+    LinearUpdate,
     SitePages,
     TokenSort,
 )
@@ -36,6 +37,7 @@ __all__ = [
     "ExpertGroups",
     "ExpertPages",
     "LinearMap",
+    "LinearUpdate",
     "SitePages",
     "TokenSort",
     "add_rms_norm",
@@ -47,6 +49,7 @@ __all__ = [
     "gate_up",
     "linear",
     "linear_lora",
+    "linear_lora_deferred",
     "paged_attention",
     "prepare_heads",
     "query_tiles",

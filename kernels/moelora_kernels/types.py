@@ -78,6 +78,24 @@ class LinearMap(NamedTuple):
     pages: SitePages | None = None
 
 
+class LinearUpdate(NamedTuple):
+    """What adapters have yet to add to the outputs of linear maps: ``B · z`` for each token.
+
+    Attributes:
+        ranks: float32 ``[parts, maps, tokens, max_rank]``, whose sum over parts is the rank
+            activations z. Not defined where there is no page.
+        pool_rows: int32 ``[maps, tokens, pages]``: pool row of each page of B of a token's adapter,
+            or -1. Not defined for a map that adapters do not change.
+        b_pools: ``[pages, 16, out]`` of each map; None where adapters change nothing.
+        outputs: columns of each map.
+    """
+
+    ranks: Array
+    pool_rows: Array
+    b_pools: tuple[Array | None, ...]
+    outputs: tuple[int, ...]
+
+
 class TokenSort(NamedTuple):
     """Pairs (token, choice) grouped by expert, and within an expert by adapter.
 

@@ -157,9 +157,9 @@ class Decoder(nnx.Module):
         """One decoder layer of the run of equal layers that starts at layer ``first``."""
         epsilon = self.config.norm_eps
         x, normed = add_rms_norm(x, delta, self.attention_norm[...], layer, epsilon=epsilon)
-        attended = self.attention(normed, layer, step)
+        attended, update = self.attention(normed, layer, step)
         norm = self.feed_forward_norm[...]
-        x, normed = add_rms_norm(x, attended, norm, layer, epsilon=epsilon)
+        x, normed = add_rms_norm(x, attended, norm, layer, epsilon=epsilon, update=update)
         if is_moe:
             assert self.experts is not None
             index = layer - first + self.config.moe_layers.index(first)

@@ -8,7 +8,7 @@ from jaxtyping import Float
 
 from moelora_jax.config import ModelConfig
 from moelora_jax.models.layers import Step, attend, attention_projections
-from moelora_kernels import rms_norm, rotate, write_cache
+from moelora_kernels import LinearUpdate, rms_norm, rotate, write_cache
 
 #: Added to the variance of latent vectors, as transformers does whatever ``rms_norm_eps`` says.
 LATENT_NORM_EPS = 1e-6
@@ -44,8 +44,14 @@ class LatentAttention(nnx.Module):
             jnp.ones((config.num_layers, config.latent.key_value_rank), dtype)
         )
 
-    def __call__(self, x: Float[Array, "tokens hidden"], layer: Array, step: Step) -> Array:
-        """Attend to the cached positions, these tokens included; ``[tokens, hidden]``."""
+    def __call__(
+        self, x: Float[Array, "tokens hidden"], layer: Array, step: Step
+    ) -> tuple[Array, LinearUpdate | None]:
+        """Attend to the cached positions, these tokens included.
+
+        Returns:
+            ``[tokens, hidden]``, and what adapters have yet to add to it.
+        """
         config, latent = self.config, self.latent
         tokens, heads = x.shape[0], config.num_heads
         plain_dim = config.head_dim - latent.rope_dim
@@ -73,7 +79,7 @@ class LatentAttention(nnx.Module):
             step,
             scale=config.head_dim**-0.5 * (1.0 if yarn is None else yarn.score_factor),
         )
-        return self.o_proj(attended, layer, step)
+        return self.o_proj.deferred(attended, layer, step)
 
     def _queries(self, x: Array, layer: Array, step: Step) -> Float[Array, "tokens queries"]:
         if self.q_proj is not None:

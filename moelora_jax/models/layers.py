@@ -6,7 +6,7 @@ one loop over layers is the whole model.
 
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -24,9 +24,11 @@ from moelora_kernels import (
     Buffer,
     ExpertPages,
     LinearMap,
+    LinearUpdate,
     SitePages,
     TokenSort,
     linear_lora,
+    linear_lora_deferred,
     paged_attention,
     prepare_heads,
     query_tiles,
@@ -213,12 +215,29 @@ class LinearStack(nnx.Module):
         """The layer's output with each token's adapter, ``[tokens, out]``."""
         return project(x, [self], layer, step)
 
+    def deferred(
+        self, x: Float[Array, "tokens in"], layer: Array, step: Step
+    ) -> tuple[Array, LinearUpdate | None]:
+        """The layer's output, and what its reader has yet to add to it."""
+        return project_deferred(x, [self], layer, step)
+
 
 def project(
     x: Float[Array, "tokens in"], maps: Sequence[LinearStack], layer: Array, step: Step
 ) -> Float[Array, "tokens out"]:
     """The outputs of linear layers of one input, with each token's adapter, side by side."""
-    linear_maps = [
+    return linear_lora(x, _linear_maps(maps, step), layer, **_lora_options(step))
+
+
+def project_deferred(
+    x: Float[Array, "tokens in"], maps: Sequence[LinearStack], layer: Array, step: Step
+) -> tuple[Float[Array, "tokens out"], LinearUpdate | None]:
+    """As :func:`project`; what is left to add, the launch that reads the outputs adds."""
+    return linear_lora_deferred(x, _linear_maps(maps, step), layer, **_lora_options(step))
+
+
+def _linear_maps(maps: Sequence[LinearStack], step: Step) -> list[LinearMap]:
+    return [
         LinearMap(
             m.weight[...],
             None if m.bias is None else m.bias[...],
@@ -226,14 +245,14 @@ def project(
         )
         for m in maps
     ]
-    return linear_lora(
-        x,
-        linear_maps,
-        layer,
-        sort=step.adapter_sort,
-        tile_rows=DENSE_TILE_ROWS,
-        signals=step.workspace.moe.signals,
-    )
+
+
+def _lora_options(step: Step) -> dict[str, Any]:
+    return {
+        "sort": step.adapter_sort,
+        "tile_rows": DENSE_TILE_ROWS,
+        "signals": step.workspace.moe.signals,
+    }
 
 
 def attention_projections(
@@ -316,13 +335,24 @@ class Attention(nnx.Module):
         sinks = nnx.Param(jnp.zeros((layers, config.num_heads), dtype))
         self.sinks = sinks if config.attention_sinks else None
 
-    def __call__(self, x: Float[Array, "tokens hidden"], layer: Array, step: Step) -> Array:
-        """Attend to the cached positions, these tokens included; ``[tokens, hidden]``."""
+    def __call__(
+        self, x: Float[Array, "tokens hidden"], layer: Array, step: Step
+    ) -> tuple[Array, LinearUpdate | None]:
+        """Attend to the cached positions, these tokens included.
+
+        Returns:
+            ``[tokens, hidden]``, and what adapters have yet to add to it.
+        """
         config = self.config
-        projected = project(x, [self.q_proj, self.k_proj, self.v_proj], layer, step)
+        maps = [self.q_proj, self.k_proj, self.v_proj]
         in_head = config.qk_norm == "head"
+        if in_head or (config.qk_norm is None and config.clip_qkv is None):
+            projected, update = project_deferred(x, maps, layer, step)
+        else:
+            projected = self._normalised(project(x, maps, layer, step), layer)
+            update = None
         query = prepare_heads(
-            projected if in_head else self._normalised(projected, layer),
+            projected,
             *step.cache,
             layer,
             step.block_of_token,
@@ -331,6 +361,7 @@ class Attention(nnx.Module):
             query_norm=self.q_norm[...] if in_head and self.q_norm is not None else None,
             key_norm=self.k_norm[...] if in_head and self.k_norm is not None else None,
             epsilon=config.norm_eps,
+            update=update,
         )
         attended = attend(
             query,
@@ -340,10 +371,10 @@ class Attention(nnx.Module):
             window=self._window(layer),
             sinks=None if self.sinks is None else self.sinks[layer],
         )
-        return self.o_proj(attended, layer, step)
+        return self.o_proj.deferred(attended, layer, step)
 
     def _normalised(self, projected: Array, layer: Array) -> Float[Array, "tokens features"]:
-        """Queries, keys and values where the model normalises whole projections, or clips."""
+        """Queries, keys and values of a model that normalises whole projections, or clips."""
         config = self.config
         if self.q_norm is not None and self.k_norm is not None:
             ends = [config.num_heads * config.head_dim, -config.num_kv_heads * config.head_dim]

@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 from hypothesis import strategies as st
 
-from moelora_kernels import PAGE_ROWS, ExpertPages, SitePages, TokenSort
+from moelora_kernels import PAGE_ROWS, ExpertPages, LinearUpdate, SitePages, TokenSort
 
 DType = Literal["float32", "bfloat16"]
 DTYPES: tuple[DType, ...] = ("float32", "bfloat16")
@@ -64,6 +64,34 @@ def assert_same_bits(actual: object, expected: object) -> None:
 
 def to_device(array: np.ndarray, dtype: str) -> jax.Array:
     return jnp.asarray(array.astype(jnp.dtype(dtype)))
+
+
+def linear_update(
+    tokens: int, outputs: tuple[int, ...], dtype: str, without: int = -1
+) -> tuple[LinearUpdate, np.ndarray]:
+    """What adapters have yet to add to linear maps, in three parts, and their sum in float64.
+
+    Tokens have no page, one, and two in turn; the map ``without`` has no adapters.
+    """
+    rng = np.random.default_rng(1)
+    maps, parts, max_pages = len(outputs), 3, 2
+    pool_rows = np.full((maps, tokens, max_pages), POISON, np.int32)
+    ranks = np.full((parts, maps, tokens, max_pages * PAGE_ROWS), np.nan, np.float32)
+    pools = [np.full((tokens * max_pages + 2, PAGE_ROWS, out), np.nan) for out in outputs]
+    added = [np.zeros((tokens, out)) for out in outputs]
+    for number, token in itertools.product(range(maps), range(tokens)):
+        if number != without:
+            pool_rows[number, token] = -1
+            for page in range(token % (max_pages + 1)):
+                row = 1 + token * max_pages + page
+                b = rounded(rng.normal(size=(PAGE_ROWS, outputs[number])), dtype)
+                z = (0.1 * rng.normal(size=(parts, PAGE_ROWS))).astype(np.float32)
+                pool_rows[number, token, page], pools[number][row] = row, b
+                ranks[:, number, token, page * PAGE_ROWS : (page + 1) * PAGE_ROWS] = z
+                added[number][token] += rounded(z.sum(0), dtype) @ b
+    b_pools = [None if i == without else to_device(b, dtype) for i, b in enumerate(pools)]
+    arrays = jnp.asarray(ranks), jnp.asarray(pool_rows)
+    return LinearUpdate(*arrays, tuple(b_pools), outputs), np.concatenate(added, axis=1)
 
 
 def rounded(array: np.ndarray, dtype: str) -> np.ndarray:

@@ -20,6 +20,7 @@ from moelora_kernels import (
     ExpertGroups,
     LinearMap,
     TokenSort,
+    add_rms_norm,
     dense_lora,
     embedding_lora,
     linear_lora,
@@ -31,7 +32,7 @@ from moelora_kernels import (
 from moelora_kernels.expert_lora import triton_gather, triton_shrink
 from moelora_kernels.expert_lora.reference import gather_rows
 from moelora_kernels.linear import api as linear_api
-from moelora_kernels.linear import triton_many_rows
+from moelora_kernels.linear import triton_many_rows, triton_update
 from moelora_kernels.tuning.tiles import (
     GemmTiles,
     LinearLoraTiles,
@@ -44,6 +45,7 @@ from tests.kernels.cases import (
     LayerCase,
     LayerSpec,
     Shape,
+    linear_update,
     poisoned,
     poisoned_like,
     relative_error,
@@ -106,8 +108,8 @@ PROMPT_TILES = MoeTiles(64, *[replace(PRODUCTS, shrink=RUNS)] * 2)
 
 #: One or several tiles of rows, whose sums one program has or several share.
 LINEAR_TILES = (
-    LinearTiles(16, 16, 16, 1, 1, stack=4),
-    LinearTiles(64, 16, 32, 1, 1, stack=4),
+    LinearTiles(16, 16, 16, 1, 1),
+    LinearTiles(64, 16, 32, 1, 1),
     LinearTiles(16, 16, 16, 1, 1, parts=2),
 )
 #: Of one row.
@@ -407,9 +409,11 @@ def check_linear(
     print("linear", tuple(shape), dtype, num_maps, tiles, flush=True)
 
 
-def check_heads(heads: int, kv_heads: int, head_dim: int, norms: bool) -> None:
+def check_heads(heads: int, kv_heads: int, head_dim: int, norms: bool, lora: bool) -> None:
     rng = np.random.default_rng(0)
     tokens, layers, blocks, block_size = 5, 2, 4, 3
+    outputs = (heads * head_dim, kv_heads * head_dim, kv_heads * head_dim)
+    update, _ = linear_update(tokens, outputs, "float16", without=1)
 
     def normal(*sizes: int) -> jax.Array:
         return jnp.asarray(rng.normal(size=sizes), jnp.float16)
@@ -418,7 +422,7 @@ def check_heads(heads: int, kv_heads: int, head_dim: int, norms: bool) -> None:
     angle = rng.normal(size=(tokens, head_dim // 2)).astype(np.float32)
     weights = [normal(layers, head_dim) if norms else None for _ in range(2)]
     places = rng.permutation(blocks * block_size)[:tokens]
-    outputs = []
+    results = []
     for name in ("reference", "triton"):
         caches = [
             jax.new_ref(jnp.full((layers, blocks, block_size, kv_heads, head_dim), 7, jnp.float16))
@@ -435,14 +439,33 @@ def check_heads(heads: int, kv_heads: int, head_dim: int, norms: bool) -> None:
             query_norm=weights[0],
             key_norm=weights[1],
             epsilon=1e-6,
+            update=update if lora else None,
             implementation=name,  # type: ignore[arg-type]
         )
-        outputs.append([np.asarray(values[...]) for values in (query, *caches)])
-    for expected, actual in zip(*outputs, strict=True):
-        # Both round in the same places; sums in another order may change one of these.
-        np.testing.assert_allclose(actual, expected, rtol=2e-3, atol=2e-3)
-    assert (outputs[1][1][LAYER] != 7).any()
-    print("heads", heads, kv_heads, head_dim, norms, flush=True)
+        results.append([np.asarray(values[...]) for values in (query, *caches)])
+    for expected, actual in zip(*results, strict=True):
+        # Both round in the same places; sums in another order may change some of these.
+        np.testing.assert_allclose(actual, expected, rtol=4e-3, atol=4e-3)
+    assert (results[1][1][LAYER] != 7).any()
+    print("heads", heads, kv_heads, head_dim, norms, lora, flush=True)
+
+
+def check_norm(tokens: int, width: int) -> None:
+    rng = np.random.default_rng(0)
+    x, delta = (jnp.asarray(rng.normal(size=(tokens, width)), jnp.float16) for _ in range(2))
+    weight = jnp.asarray(rng.normal(size=(2, width)), jnp.float16)
+    for update in (None, linear_update(tokens, (width,), "float16")[0]):
+        results = [
+            add_rms_norm(
+                x, delta, weight, LAYER, epsilon=1e-6, update=update,
+                implementation=name,  # type: ignore[arg-type]
+            )
+            for name in ("reference", "triton")
+        ]  # fmt: skip
+        for expected, actual in zip(*results, strict=True):
+            # As above.
+            np.testing.assert_allclose(actual, expected, rtol=4e-3, atol=4e-3)
+    print("norm", tokens, width, flush=True)
 
 
 def main() -> None:
@@ -453,15 +476,19 @@ def main() -> None:
     from moelora_kernels.fused_experts import triton_one_token
     from moelora_kernels.heads import triton as heads
     from moelora_kernels.linear import triton as linear
+    from moelora_kernels.norm import triton as norm
     from moelora_kernels.router import triton as router
     from moelora_kernels.sort import triton as sort
 
-    modules = (combine, dense, expert_lora, fused_experts, heads, linear, router, sort)
-    for module in (*modules, triton_gather, triton_many_rows, triton_one_token, triton_shrink):
+    modules = (combine, dense, expert_lora, fused_experts, heads, linear, norm, router, sort)
+    rooms = (triton_gather, triton_many_rows, triton_one_token, triton_shrink, triton_update)
+    for module in (*modules, *rooms):
         module.launch = interpret  # type: ignore[attr-defined]
     check_route()
-    check_heads(6, 2, 20, norms=True)
-    check_heads(3, 3, 16, norms=False)
+    check_heads(6, 2, 20, norms=True, lora=False)
+    check_heads(6, 2, 20, norms=True, lora=True)
+    check_heads(3, 3, 16, norms=False, lora=True)
+    check_norm(4, 40)
     check_sort()
     # The form for large batches, in blocks that a small one fills.
     sort.MAX_COUNTED_PAIRS, sort.BLOCK_PAIRS = 0, 128

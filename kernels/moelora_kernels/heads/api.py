@@ -5,7 +5,7 @@ from jaxtyping import Float, Int32
 
 from moelora_kernels.backend import Implementation, choose
 from moelora_kernels.heads import reference
-from moelora_kernels.types import Buffer
+from moelora_kernels.types import Buffer, LinearUpdate
 
 
 def prepare_heads(
@@ -21,6 +21,7 @@ def prepare_heads(
     query_norm: Float[Array, "layers head_dim"] | None = None,
     key_norm: Float[Array, "layers head_dim"] | None = None,
     epsilon: float = 0.0,
+    update: LinearUpdate | None = None,
     implementation: Implementation | None = None,
 ) -> Float[Array, "tokens heads head_dim"]:
     """Normalise and rotate queries and keys, and write keys and values to the cache, in place.
@@ -37,6 +38,7 @@ def prepare_heads(
         query_norm: weights of an RMS norm over each query head; None for none.
         key_norm: likewise.
         epsilon: of the norms.
+        update: what adapters have yet to add to ``projected``; None for nothing.
         implementation: None chooses by the default device.
 
     Returns:
@@ -52,5 +54,5 @@ def prepare_heads(
     if choose(implementation) == "triton":
         from moelora_kernels.heads import triton
 
-        return triton.prepare_heads(*inputs, query_norm, key_norm, epsilon)
-    return reference.prepare_heads(*inputs, query_norm, key_norm, epsilon)
+        return triton.prepare_heads(*inputs, query_norm, key_norm, epsilon, update)
+    return reference.prepare_heads(*inputs, query_norm, key_norm, epsilon, update)

@@ -4,8 +4,9 @@ import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Float
 
+from moelora_kernels.linear.reference import add_update
 from moelora_kernels.norm.reference import rms_norm
-from moelora_kernels.types import Buffer
+from moelora_kernels.types import Buffer, LinearUpdate
 
 
 def prepare_heads(
@@ -20,10 +21,11 @@ def prepare_heads(
     query_norm: Array | None,
     key_norm: Array | None,
     epsilon: float,
+    update: LinearUpdate | None,
 ) -> Array:
     """See :func:`moelora_kernels.prepare_heads`."""
     *_, kv_heads, head_dim = k_cache.shape
-    heads = projected.reshape(len(projected), -1, head_dim)
+    heads = add_update(projected, update).reshape(len(projected), -1, head_dim)
     query, key, value = jnp.split(heads, [heads.shape[1] - 2 * kv_heads, -kv_heads], axis=1)
     if query_norm is not None:
         query = rms_norm(query, query_norm[layer], epsilon)

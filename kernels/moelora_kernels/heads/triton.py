@@ -6,7 +6,13 @@ import triton.language as tl
 from jax import Array
 
 from moelora_kernels.backend import Launch, launch, scalar
-from moelora_kernels.types import Buffer
+from moelora_kernels.linear import triton_update
+from moelora_kernels.linear.triton import is_given, of_map
+from moelora_kernels.linear.triton_update import find_update
+from moelora_kernels.types import Buffer, LinearUpdate
+
+#: Of a program. With one, what adapters add would take it longer than waiting for pages of B.
+NUM_WARPS = 4
 
 
 def prepare_heads(
@@ -21,6 +27,7 @@ def prepare_heads(
     query_norm: Array | None,
     key_norm: Array | None,
     epsilon: float,
+    update: LinearUpdate | None,
 ) -> Array:
     """See :func:`moelora_kernels.prepare_heads`."""
     tokens, features = projected.shape
@@ -30,11 +37,11 @@ def prepare_heads(
         prepare_group,
         (
             *(projected, k_cache, v_cache, scalar(layer), block_of_token, offset_of_token),
-            *(cos, sin, query_norm, key_norm),
+            *(cos, sin, query_norm, key_norm, *triton_update.operands(update)),
         ),
         [jax.ShapeDtypeStruct((tokens, heads, head_dim), projected.dtype)],
         None,
-        Launch((tokens, heads // kv_heads + 2), num_warps=1),
+        Launch((tokens, heads // kv_heads + 2), num_warps=NUM_WARPS),
         HEADS=heads,
         KV_HEADS=kv_heads,
         HEAD_DIM=head_dim,
@@ -43,6 +50,8 @@ def prepare_heads(
         EPSILON=float(epsilon),
         GROUP=triton.next_power_of_2(kv_heads),
         HALF=triton.next_power_of_2(head_dim // 2),
+        TOKENS=tokens,
+        **triton_update.constants(update),
     )
     return query
 
@@ -59,6 +68,11 @@ def prepare_group(
     sin_ptr,
     query_norm_ptr,
     key_norm_ptr,
+    z_ptr,
+    pool_rows_ptr,
+    b_0_ptr,
+    b_1_ptr,
+    b_2_ptr,
     query_ptr,
     HEADS: tl.constexpr,
     KV_HEADS: tl.constexpr,
@@ -68,6 +82,12 @@ def prepare_group(
     EPSILON: tl.constexpr,
     GROUP: tl.constexpr,
     HALF: tl.constexpr,
+    TOKENS: tl.constexpr,
+    Z_PARTS: tl.constexpr,
+    MAPS: tl.constexpr,
+    MAX_PAGES: tl.constexpr,
+    PAGE_ROWS: tl.constexpr,
+    RANKS: tl.constexpr,
 ):
     """As many heads of one token as there are key heads: queries first, then keys, then values."""
     token, group = tl.program_id(0).to(tl.int64), tl.program_id(1)
@@ -80,6 +100,21 @@ def prepare_group(
     second = tl.load(x_ptrs + HEAD_DIM // 2, mask=exists, other=0.0)
     layer = tl.load(layer_ptr)
     QUERIES: tl.constexpr = HEADS // KV_HEADS
+    if z_ptr is not None:
+        number = tl.maximum(group - QUERIES + 1, 0)
+        if is_given(number, b_0_ptr, b_1_ptr, b_2_ptr):
+            b_ptr = of_map(number, b_0_ptr, b_1_ptr, b_2_ptr)
+            width = tl.where(number == 0, HEADS, KV_HEADS) * HEAD_DIM
+            column = tl.where(number == 0, group, 0) * (KV_HEADS * HEAD_DIM) + feature
+            first_added, second_added, is_changed = find_update(
+                number * TOKENS + token, column, exists, z_ptr, pool_rows_ptr, b_ptr, width,
+                HEAD_DIM // 2, TOKENS, Z_PARTS, MAPS, MAX_PAGES, PAGE_ROWS, RANKS,
+            )  # fmt: skip
+            dtype: tl.constexpr = first.dtype
+            changed = (first.to(tl.float32) + first_added).to(dtype)
+            first = tl.where(is_changed, changed, first)
+            changed = (second.to(tl.float32) + second_added).to(dtype)
+            second = tl.where(is_changed, changed, second)
     if group < QUERIES:
         first, second = normalised_and_rotated(
             first, second, token, layer, pair, query_norm_ptr, cos_ptr, sin_ptr, HEAD_DIM, EPSILON

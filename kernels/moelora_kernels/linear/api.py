@@ -10,7 +10,7 @@ from jaxtyping import Float, Int32
 from moelora_kernels.backend import Implementation, choose
 from moelora_kernels.dense_lora.reference import dense_lora
 from moelora_kernels.tuning.tiles import linear_tiles
-from moelora_kernels.types import Buffer, LinearMap, TokenSort
+from moelora_kernels.types import Buffer, LinearMap, LinearUpdate, TokenSort
 
 #: Rows up to which reading the weights takes most of the time, so that one launch is best. With 0
 #: all products are XLA's.
@@ -31,7 +31,8 @@ def linear_lora(
     """Linear maps of one input, each token with its adapter: ``W · x + bias + s · B · (A · x)``.
 
     In Triton up to ``MAX_ROWS`` tokens are one launch for all maps, which reads the weights where
-    they are in the stack. More are one product of XLA's, to which two launches add LoRA in place.
+    they are in the stack; what adapters add takes one more. More tokens are one product of XLA's,
+    to which two launches add LoRA in place.
 
     Args:
         x: in the compute dtype.
@@ -48,6 +49,52 @@ def linear_lora(
         The maps' outputs side by side. Tokens without an adapter, and padding, have the same bits
         with a sort and without.
     """
+    y, update = linear_lora_deferred(
+        x,
+        maps,
+        layer,
+        sort=sort,
+        tile_rows=tile_rows,
+        signals=signals,
+        dtype=dtype,
+        implementation=implementation,
+    )
+    if update is None:
+        return y
+    from moelora_kernels.linear import triton_update
+
+    return triton_update.add_update(y, update)
+
+
+def linear_lora_deferred(
+    x: Float[Array, "tokens in"],
+    maps: Sequence[LinearMap],
+    layer: Int32[Array, ""],
+    *,
+    sort: TokenSort | None = None,
+    tile_rows: int = 0,
+    signals: Buffer | None = None,
+    dtype: DTypeLike | None = None,
+    implementation: Implementation | None = None,
+) -> tuple[Float[Array, "tokens out"], LinearUpdate | None]:
+    """As :func:`linear_lora`, for a reader that can add what adapters add as it reads the outputs.
+
+    So nothing waits for the rank activations, which are made beside the outputs.
+
+    Args:
+        x: this and all others as for :func:`linear_lora`.
+        maps: likewise.
+        layer: likewise.
+        sort: likewise.
+        tile_rows: likewise.
+        signals: likewise.
+        dtype: likewise.
+        implementation: likewise.
+
+    Returns:
+        The maps' outputs side by side, and what is left to add to them; None where they are
+        complete.
+    """
     dtype = jnp.dtype(dtype or x.dtype)
     if choose(implementation) == "triton":
         from moelora_kernels.linear import triton, triton_many_rows
@@ -63,9 +110,9 @@ def linear_lora(
         ]
         bias = None if all(m.bias is None for m in maps) else jnp.concatenate(biases)
         y = linear(x, weight, bias, dtype=dtype)
-        if sort is None:
-            return y
-        return triton_many_rows.add_lora(x, y, maps, layer, sort)
+        if sort is not None:
+            y = triton_many_rows.add_lora(x, y, maps, layer, sort)
+        return y, None
     products = [
         linear(x, weight[layer], None if bias is None else bias[layer], dtype=dtype)
         for weight, bias, _ in maps
@@ -75,7 +122,7 @@ def linear_lora(
             y if m.pages is None else dense_lora(x, y, m.pages, sort, layer, tile_rows)
             for y, m in zip(products, maps, strict=True)
         ]
-    return products[0] if len(products) == 1 else jnp.concatenate(products, axis=1)
+    return products[0] if len(products) == 1 else jnp.concatenate(products, axis=1), None
 
 
 def linear(

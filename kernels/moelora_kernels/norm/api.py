@@ -4,8 +4,9 @@ from jax import Array
 from jaxtyping import Float, Int32
 
 from moelora_kernels.backend import Implementation, choose
+from moelora_kernels.linear.reference import add_update
 from moelora_kernels.norm import reference
-from moelora_kernels.types import Buffer
+from moelora_kernels.types import Buffer, LinearUpdate
 
 
 def add_rms_norm(
@@ -15,6 +16,7 @@ def add_rms_norm(
     layer: Int32[Array, ""],
     *,
     epsilon: float,
+    update: LinearUpdate | None = None,
     implementation: Implementation | None = None,
 ) -> tuple[Float[Array, "tokens width"], Float[Array, "tokens width"]]:
     """The residual stream after a half of a layer, and its RMS norm for the next.
@@ -25,6 +27,7 @@ def add_rms_norm(
         weight: of the norms of all layers.
         layer: whose norm.
         epsilon: added to the mean of squares.
+        update: what adapters have yet to add to ``delta``; None for nothing.
         implementation: None chooses by the default device.
 
     Returns:
@@ -33,6 +36,6 @@ def add_rms_norm(
     if choose(implementation) == "triton":
         from moelora_kernels.norm import triton
 
-        return triton.add_rms_norm(x, delta, weight, layer, epsilon)
-    total = x + delta[: len(x)]
+        return triton.add_rms_norm(x, delta, weight, layer, epsilon, update)
+    total = x + add_update(delta[: len(x)], update)
     return total, reference.rms_norm(total, weight[layer], epsilon)

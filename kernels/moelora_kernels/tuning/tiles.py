@@ -92,7 +92,6 @@ class LinearTiles:
         num_warps: warps per program.
         num_stages: steps whose loads are in flight.
         parts: programs that share the sums of a tile, at most; not of one row.
-        stack: pages of adapters that are multiplied at once.
     """
 
     block_m: int
@@ -101,7 +100,6 @@ class LinearTiles:
     num_warps: int
     num_stages: int
     parts: int = 1
-    stack: int = 8
 
 
 @dataclass(frozen=True)
@@ -273,9 +271,8 @@ def linear_tiles(tokens: int, outputs: Sequence[int], dtype: DTypeLike) -> Linea
         block_m = 1 if tokens == 1 else 16 if tokens <= 16 else 32
         return LinearTiles(block_m, 32, 32, num_warps=4, num_stages=2)
     if tokens == 1:
-        if blocks(8) < PROCESSORS:
-            return LinearTiles(1, 1, 2048, num_warps=4, num_stages=1)
-        return LinearTiles(1, 8, 512, num_warps=4, num_stages=5)
+        # More programs than the GPU holds at a time, so that a few more with LoRA take no longer.
+        return LinearTiles(1, 1 if blocks(8) < PROCESSORS else 4, 2048, 4, num_stages=1)
     if blocks(16) < 64:
         # Little to read, so that one step each is soonest done.
         block_m = 16 if tokens <= 16 else 32
@@ -288,7 +285,8 @@ def linear_tiles(tokens: int, outputs: Sequence[int], dtype: DTypeLike) -> Linea
         return LinearTiles(32, 64, 64, 4, 4, parts(32, 64, 264))
     if tokens <= 64:
         return LinearTiles(64, 64, 64, 4, 6, parts(64, 64, 170))
-    return LinearTiles(64, 64, 64, 4, 5, parts(64, 64, 264))
+    # Two programs share a processor, and there is room for those of LoRA.
+    return LinearTiles(64, 64, 64, 4, 5, parts(64, 64, 230))
 
 
 def linear_lora_tiles(
