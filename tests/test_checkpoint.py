@@ -296,18 +296,19 @@ def test_loading_updates_the_device_array_in_place() -> None:
 
 
 def test_host_memory_is_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    table = {"w": stacked((64, 64, 256), "layers.{layer}.w", layer=range(64))}
+    # Large pieces, beside which Python's own objects, some 300 KB, are few.
+    table = {"w": stacked((64, 64, 2048), "layers.{layer}.w", layer=range(64))}
     save_checkpoint(tmp_path / "model", CONFIG, table, random_arrays(table, np.float32))
     load_parameters(tmp_path / "model", table, jnp.bfloat16)  # Compiles.
 
-    piece = 64 * 256 * 4
+    piece = 64 * 2048 * 4
     monkeypatch.setattr(checkpoint, "_MEMORY_BYTES", 4 * piece)
     # Of what Python and NumPy allocate, which does not include JAX's device arrays.
     tracemalloc.start()
     load_parameters(tmp_path / "model", table, jnp.bfloat16)
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
-    assert peak < 8 * piece
+    assert peak < 6 * piece
 
 
 # Checkpoints that must be refused before anything is read
