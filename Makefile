@@ -31,7 +31,8 @@ browser: ## Install Chromium on Debian, as root: without it the test of the stat
 	    { apt-get update -qq && apt-get install -qq --yes --no-install-recommends chromium chromium-driver; } >/dev/null
 
 test: setup ## Run the tests; those marked gpu are skipped where there is none
-	@$(BIN)/pytest -n $(WORKERS) --dist loadfile $(ARGS)
+	@# Else files of few tests come last, and the slowest ones are such.
+	@$(BIN)/pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder $(ARGS)
 
 notebooks: setup ## Run the notebooks and write their outputs anew; ARGS names some of them
 	@$(BIN)/python -m tests.notebooks $(ARGS)
