@@ -8,9 +8,6 @@ expert: as many operations, and what the card reaches at its clock of that momen
 """
 
 import argparse
-import json
-import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +17,7 @@ import numpy as np
 
 from benchmarks.device import Device
 from benchmarks.moe_layer import layers_of, time_program
+from benchmarks.results_file import how_made, write
 from benchmarks.workload import MODELS, Point, Workload
 from moelora_kernels import backend, sort_tokens
 from moelora_kernels.expert_lora.mosaic import grouped_product
@@ -147,15 +145,13 @@ def main() -> None:
                     f"  error {row['error']:.1e}",
                     flush=True,
                 )
-    if arguments.json:
-        report = {
-            "device": jax.devices()[0].device_kind,
-            "setup": backend.describe(),
-            "date": time.strftime("%Y-%m-%d"),
-            "command": "python -m benchmarks.grouped_product " + " ".join(sys.argv[1:]),
-            "rows": rows,
-        }
-        arguments.json.write_text(json.dumps(report, indent=1) + "\n")
+    report = {
+        "device": jax.devices()[0].device_kind,
+        "setup": backend.describe(),
+        **how_made(),
+        "rows": rows,
+    }
+    write(report, arguments.json)
 
 
 if __name__ == "__main__":
