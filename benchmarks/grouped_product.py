@@ -18,10 +18,10 @@ import numpy as np
 from benchmarks.device import Device
 from benchmarks.moe_layer import layers_of, time_program
 from benchmarks.results_file import how_made, write
-from benchmarks.workload import MODELS, Point, Workload
+from benchmarks.workload import MODELS, Point, Workload, activate
 from moelora_kernels import backend, sort_tokens
 from moelora_kernels.expert_lora.mosaic import grouped_product
-from moelora_kernels.tuning.tiles import MosaicTiles, moe_tiles
+from moelora_kernels.tuning.tiles import MosaicTiles
 
 PRODUCTS = ("gate_up", "down")
 
@@ -29,14 +29,7 @@ PRODUCTS = ("gate_up", "down")
 def measure(point: Point, product: str, budget_s: float, device: Device) -> dict[str, Any] | None:
     """One product: times, operations per second, and the error of a row; None in Triton."""
     config, pairs = point.config, point.tokens * point.config.top_k
-    tiles = moe_tiles(
-        num_experts=config.num_experts,
-        top_k=config.top_k,
-        hidden=config.hidden_size,
-        intermediate=config.intermediate_size,
-        tokens=point.tokens,
-        dtype=jnp.bfloat16,
-    )
+    tiles = point.tiles
     how = tiles.gate_up if product == "gate_up" else tiles.down
     if not isinstance(how, MosaicTiles):
         return None
@@ -107,15 +100,7 @@ def error_of_last_row(
     expert = int(work.experts[step].max())
     matrices = np.asarray(weight[step % work.layers, expert]).astype(np.float64)
     sums = matrices @ np.asarray(rows[-1]).astype(np.float64)
-    if up:
-        gate, up_sums = sums
-        if work.point.config.activation == "clamped_swiglu":
-            gate, up_sums = np.minimum(gate, 7.0), np.clip(up_sums, -7.0, 7.0)
-            expected = (up_sums + 1) * gate / (1 + np.exp(-1.702 * gate))
-        else:
-            expected = up_sums * gate / (1 + np.exp(-gate))
-    else:
-        expected = sums[0]
+    expected = activate(*sums, work.point.config.activation) if up else sums[0]
     actual = np.asarray(out[-1]).astype(np.float64)
     return float(np.linalg.norm(actual - expected) / np.linalg.norm(expected))
 

@@ -32,7 +32,6 @@ from benchmarks.results_file import how_made, write
 from benchmarks.workload import MODELS, Point, Workload, anchor_of, anchors, auto_adapters
 from moelora_jax.moe import MoeWorkspace, moe_experts, moe_lora
 from moelora_kernels import backend
-from moelora_kernels.tuning.tiles import moe_tiles
 
 Program = Callable[..., Any]
 
@@ -42,14 +41,7 @@ def layers_program(
 ) -> Program:
     """The workload's chain of layers, all on the same hidden states, unrolled."""
     config = work.point.config
-    tiles = moe_tiles(
-        num_experts=config.num_experts,
-        top_k=config.top_k,
-        hidden=config.hidden_size,
-        intermediate=config.intermediate_size,
-        tokens=work.point.tokens,
-        dtype=jnp.bfloat16,
-    )
+    tiles = work.point.tiles
     if launches != "table":
         tiles = replace(tiles, one_launch=launches == "one")
 

@@ -14,6 +14,7 @@ import numpy as np
 from moelora_jax.config import MoeConfig
 from moelora_jax.moe import MoeParams, MoeWorkspace, moe_workspace_shapes
 from moelora_kernels import PAGE_ROWS, ExpertPages, SitePages
+from moelora_kernels.tuning.tiles import MoeTiles, moe_tiles
 
 HERE = Path(__file__).parent
 
@@ -67,6 +68,18 @@ class Point:
     @property
     def max_pages(self) -> int:
         return -(-(self.max_rank or self.rank) // PAGE_ROWS)
+
+    @property
+    def tiles(self) -> MoeTiles:
+        """Tiles of a layer on the default device."""
+        return moe_tiles(
+            num_experts=self.config.num_experts,
+            top_k=self.config.top_k,
+            hidden=self.config.hidden_size,
+            intermediate=self.config.intermediate_size,
+            tokens=self.tokens,
+            dtype=jnp.bfloat16,
+        )
 
     def describe(self) -> dict[str, Any]:
         return {
@@ -270,14 +283,18 @@ class Workload:
             both = to_float64(self.params.gate_up[layer, expert])
             gate = add(both[0] @ x, x, pages and pages.gate, expert)
             up = add(both[1] @ x, x, pages and pages.up, expert)
-            if config.activation == "silu":
-                h = gate / (1 + np.exp(-gate)) * up
-            else:
-                gate, up = np.minimum(gate, 7.0), np.clip(up, -7.0, 7.0)
-                h = (up + 1) * gate / (1 + np.exp(-1.702 * gate))
+            h = activate(gate, up, config.activation)
             y = to_float64(self.params.down[layer, expert]) @ h
             total += weights[choice] * add(y, h, pages and pages.down, expert)
         return total * config.routed_scaling
+
+
+def activate(gate: np.ndarray, up: np.ndarray, activation: str) -> np.ndarray:
+    """The activation between gate_up and down, in the dtype of its operands."""
+    if activation == "silu":
+        return gate / (1 + np.exp(-gate)) * up
+    gate, up = np.minimum(gate, 7.0), np.clip(up, -7.0, 7.0)
+    return (up + 1) * gate / (1 + np.exp(-1.702 * gate))
 
 
 @jax.jit(static_argnums=(0, 1))
