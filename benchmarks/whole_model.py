@@ -10,6 +10,7 @@ still tells what it found.
 """
 
 import argparse
+import functools
 import os
 import re
 import statistics
@@ -30,6 +31,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+import moelora_kernels
 from benchmarks.device import Device
 from benchmarks.results_file import how_made, write
 from benchmarks.workload import PEAK_BYTES
@@ -108,21 +110,33 @@ MODELS: dict[str, dict[str, Any]] = {
     },
 }
 
-#: Kinds of kernels, by what is found in their names. The first that matches counts.
-KINDS = {
-    "experts": "layer_in_one_launch|token_|gate_up|down_|combine|sort|count_|scan_|place_"
-    "|list_steps|grouped_product|shrink_r",
-    "router": "route_token",
-    "attention": "attend_tiles|join_splits",
-    "linear maps": "linear_tiles|dense|shrink_tiles|expand_tiles",
-    "norms and heads": "add_and_normalise|prepare_group",
-    "cache": "scatter|write_cache",
-    "copies": "memcpy|memset|copy|dynamic.slice",
-    "matrix products": "gemm|gemv|nvjet|cutlass|cublas|splitk|dot",
+#: Kinds of our own kernels, by the folder that they are in.
+KIND_OF_FOLDER = {
+    "attention": "attention",
+    "combine": "experts",
+    "dense_lora": "linear maps",
+    "expert_lora": "experts",
+    "fused_experts": "experts",
+    "heads": "norms and heads",
+    "linear": "linear maps",
+    "norm": "norms and heads",
+    "router": "router",
+    "sort": "experts",
 }
 
-#: Steps of the engine that are timed.
+#: Kinds of all others, by what is found in their names. The first that matches counts.
+KINDS = {
+    "cache": "scatter",
+    "copies": "memcpy|memset|copy|dynamic.slice",
+    "matrix products": "gemm|gemv|nvjet|cutlass|cublas|splitk|dot",
+    "other fusions": "fusion|condition",
+    "unknown": "",
+}
+
+#: Steps of the engine that are timed, and of how many sequences: the fewer they are, the less the
+#: device has to do while the host prepares the next step.
 STEPS = 32
+SERVED = (1, 8, 32, 128)
 
 
 def random_model(family: ModelFamily, config: ModelConfig) -> nnx.Module:
@@ -227,12 +241,30 @@ def trace_steps(run: Callable[[], Any], calls: int = 2) -> dict[str, tuple[float
     return {name: (sum(us) / calls, len(us) / calls) for name, us in found.items()}
 
 
+@functools.cache
+def own_kernels() -> dict[str, str]:
+    """Kind of each of our kernels, by the name that a profiler shows."""
+    found = {}
+    for file in sorted(Path(moelora_kernels.__file__).parent.glob("*/*.py")):
+        text = file.read_text(encoding="utf-8")
+        names = re.findall(r"^@triton\.jit.*\ndef (\w+)", text, re.MULTILINE)
+        names += [f"{name}_mosaic_gpu_kernel" for name in re.findall(r'"(\w+_mosaic)"', text)]
+        found |= {name: KIND_OF_FOLDER[file.parent.name] for name in names}
+    return found
+
+
+def kind_of(kernel: str) -> str:
+    """Kind of a kernel, by the name that a profiler shows."""
+    if kind := own_kernels().get(kernel):
+        return kind
+    return next(kind for kind, found in KINDS.items() if re.search(found, kernel, re.IGNORECASE))
+
+
 def by_kind(kernels: dict[str, tuple[float, float]]) -> dict[str, tuple[float, float]]:
     """Microseconds and launches by kind of kernel."""
     totals: dict[str, tuple[float, float]] = {}
     for name, (us, launches) in kernels.items():
-        matching = (k for k, pattern in KINDS.items() if re.search(pattern, name, re.IGNORECASE))
-        kind = next(matching, "other fusions")
+        kind = kind_of(name)
         before = totals.get(kind, (0.0, 0.0))
         totals[kind] = before[0] + us, before[1] + launches
     return totals
@@ -346,7 +378,7 @@ class Measurements:
     def serve(self, report: Report) -> None:
         """Decode steps as the engine runs them, beside the same program without an engine."""
         engine, rng = self.llm.engine, np.random.default_rng(0)
-        for size in [size for size in self.sizes if size in (32, 128)] or [self.sizes[-1]]:
+        for size in [size for size in self.sizes if size in SERVED] or [self.sizes[-1]]:
             for lora in (False, True):
                 names = np.resize(self.names, size).tolist() if lora else [None] * size
                 for name in names:

@@ -130,6 +130,7 @@ def test_a_summary_by_hand(tmp_path: Path) -> None:
     assert summary["errors"] == {"HTTP 429": 1}
     assert summary["duration"] == 4.0
     assert summary["output_tokens_per_second"] == pytest.approx(9 / 4)
+    assert summary["tokens_per_event"] == 1.0
     assert summary["input_tokens_per_second"] == pytest.approx(6 / 4)
     assert summary["offered_requests_per_second"] == pytest.approx(1.0)
     assert summary["time_to_first_token"]["p50"] == pytest.approx(0.1)
@@ -143,11 +144,21 @@ def test_a_summary_by_hand(tmp_path: Path) -> None:
     assert (tmp_path / "all.png").stat().st_size > 1000
 
 
+def test_a_server_without_an_event_for_each_token_shows() -> None:
+    several, at_once = outcome(1.0, [1.1, 1.5]), outcome(2.0, [2.5])
+    several.num_tokens = at_once.num_tokens = 5
+    summary = summarize([several, at_once], Goal())
+    assert summary["tokens_per_event"] == 10 / 3
+    # Of tokens that came in one event nobody knows how long each took.
+    assert summary["time_per_token"]["mean"] == pytest.approx(0.4 / 4)
+    assert summary["time_to_first_token"]["max"] == pytest.approx(0.5)
+
+
 def test_a_summary_of_failures(tmp_path: Path) -> None:
     outcomes = [outcome(1.0, [], "HTTP 503")]
     summary = summarize(outcomes, Goal())
     assert summary["finished"] == summary["goal_kept"] == 0
-    assert summary["time_to_first_token"] is None
+    assert summary["time_to_first_token"] is summary["tokens_per_event"] is None
     plot(outcomes, tmp_path / "none.svg")
 
 
@@ -181,6 +192,7 @@ def test_a_load_on_a_server(server: Served, in_engine: list[Outcome]) -> None:
 
     outcomes = asyncio.run(run())
     check(outcomes)
+    assert all(len(each.token_times) == each.num_tokens for each in outcomes)
     assert [each.planned for each in outcomes] == [each.planned for each in in_engine]
     server.wait_until_idle()
     after = server.service.engine.stats()

@@ -2,6 +2,7 @@
 
 import json
 import re
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -158,6 +159,38 @@ def test_a_chat_may_take_all_positions_that_are_left(server: Served, client: Ope
     assert client.chat.completions.create(
         model=MODEL, messages=parts, max_completion_tokens=1
     ).choices[0].finish_reason in ("length", "stop")
+
+
+def test_each_token_comes_while_the_next_step_runs(
+    server: Served, client: OpenAI, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also one without text; a step more than that is not run before the client has it."""
+    run, allowed = server.llm.runner.run, threading.Semaphore(2)
+
+    def wait_and_run(*arguments: Any) -> Any:
+        assert allowed.acquire(timeout=10), "the client has not got the token of the step before"
+        return run(*arguments)
+
+    monkeypatch.setattr(server.llm.runner, "run", wait_and_run)
+    options: Any = {"model": MODEL, "prompt": PROMPT, "max_tokens": 24, "stream": True, **GREEDY}
+    texts = []
+    # What may be the beginning of a stop string is held back.
+    for chunk in client.completions.create(stop=["\ufffd!"], **options):
+        texts.append(chunk.choices[0].text)
+        allowed.release()
+    assert len(texts) == 24
+    assert "" in texts[:-1], "each token of this model had a text"
+
+
+def test_each_token_of_a_chat_has_a_chunk(client: OpenAI) -> None:
+    chunks = client.chat.completions.create(
+        model=MODEL, messages=CHAT, max_tokens=10, stream=True, **GREEDY
+    )
+    contents = [chunk.choices[0].delta.content for chunk in chunks]
+    assert contents[0] == "" and contents[-1] is None  # The role, and the finish reason.
+    # Without text at its end the last token needs no chunk but that of the finish reason.
+    assert len(contents[1:-1]) in (9, 10)
+    assert "" in contents[1:-1], "each token of this model had a text"
 
 
 def test_usage_of_a_stream(client: OpenAI) -> None:

@@ -1,5 +1,6 @@
 """Text to tokens and back: parts of characters, stop strings, chat templates."""
 
+import asyncio
 import json
 from itertools import pairwise
 from pathlib import Path
@@ -14,8 +15,13 @@ from tokenizers.trainers import BpeTrainer
 
 from moelora_jax import CheckpointError, RequestError
 from moelora_jax.cli.demo_files import CHAT_TEMPLATE, write_tokenizer
+from moelora_jax.engine.requests import Request, TokenOutput
+from moelora_jax.engine.stream import Stream
 from moelora_jax.server.chat_template import ChatTemplate, read_chat_template
 from moelora_jax.server.detokenizer import Detokenizer, StopStrings
+from moelora_jax.server.generation import Completion, Generation
+from moelora_jax.server.metrics import Metrics
+from moelora_jax.server.responses import CompletionAnswer
 from moelora_jax.server.text import TextModel, token_text
 
 SAMPLES = ["Grüße, 世界! 🤗👩‍👩‍👧‍👦 naïve café", "ab ab abab", "  two  spaces\n\ttab ", "éé"]
@@ -90,11 +96,50 @@ def test_a_character_comes_whole(name: str) -> None:
     assert cut[-1].startswith("\ufffd")
 
 
+async def stream_tokens(tokenizer: Tokenizer, tokens: list[int]) -> list[str]:
+    """The texts of the chunks that a client gets."""
+    text_model = TextModel(tokenizer, None, frozenset())
+    stream = Stream(Request((0,)), lambda: None)
+    for token in tokens[:-1]:
+        stream.put(TokenOutput(token))
+    stream.put(TokenOutput(tokens[-1], finish_reason="length"))
+    metrics = Metrics(lambda: None, "base")  # type: ignore[arg-type, return-value]
+    completion = Completion(0, stream, text_model, StopStrings([]), metrics, 0.0)
+    answer = CompletionAnswer("base", text_model, with_logprobs=False, echo=lambda _: "")
+    events = answer.events(Generation([completion], 1), include_usage=False)
+    lines = b"".join([event async for event in events]).decode().splitlines()
+    chunks = [json.loads(line.removeprefix("data: ")) for line in lines if "{" in line]
+    return [chunk["choices"][0]["text"] for chunk in chunks]
+
+
+@pytest.mark.parametrize("name", TOKENIZERS)
+@pytest.mark.parametrize("text", SAMPLES)
+def test_each_token_of_a_stream_has_a_chunk_of_whole_characters(name: str, text: str) -> None:
+    tokenizer = TOKENIZERS[name]
+    tokens = tokenizer.encode(text).ids
+    chunks = asyncio.run(stream_tokens(tokenizer, tokens))
+    assert len(chunks) == len(tokens)
+    assert "".join(chunks) == tokenizer.decode(tokens)
+    assert not any("\ufffd" in chunk for chunk in chunks)
+    assert not text.startswith("Grüße") or "" in chunks  # Some tokens are parts of characters.
+
+
 def test_special_tokens_have_no_text() -> None:
     tokenizer = TOKENIZERS["byte level"]
     end = tokenizer.token_to_id("<|end|>")
     tokens = tokenizer.encode("ab", add_special_tokens=False).ids
     assert "".join(detokenize(tokenizer, [end, *tokens, end, *tokens, end])) == "abab"
+
+
+def test_tokens_without_text_are_not_decoded_again_and_again() -> None:
+    tokenizer = TOKENIZERS["byte level"]
+    end, unknown = tokenizer.token_to_id("<|end|>"), tokenizer.get_vocab_size() + 1
+    tokens = tokenizer.encode("a🦀b").ids
+    detokenizer = TextModel(tokenizer, None, frozenset()).detokenizer()
+    without = [detokenizer.push(token) for token in [*[end, unknown] * 500, *tokens[:2]]]
+    assert "".join(without) == "a"
+    assert len(detokenizer._tokens) == 2
+    assert "".join(map(detokenizer.push, [end, *tokens[2:]])) == "🦀b"
 
 
 @given(

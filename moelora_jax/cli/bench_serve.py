@@ -222,6 +222,8 @@ def _print(summary: dict[str, Any]) -> None:
     table.add_row("requests/s finished", f"{summary['finished_requests_per_second']:,.2f}")
     table.add_row("input tokens/s", f"{summary['input_tokens_per_second']:,.0f}")
     table.add_row("output tokens/s", f"{summary['output_tokens_per_second']:,.0f}")
+    if summary["tokens_per_event"] is not None:
+        table.add_row("tokens per event", f"{summary['tokens_per_event']:,.2f}")
     if any(value is not None for value in summary["goal"].values()):
         table.add_row("goal kept", f"{summary['goal_kept']:.1%}")
         table.add_row("requests/s that kept it", f"{summary['goal_kept_requests_per_second']:,.2f}")

@@ -60,11 +60,15 @@ def summarize(outcomes: Sequence[Outcome], goal: Goal) -> dict[str, Any]:
         "finished_requests_per_second": per_second(len(finished)),
         "input_tokens_per_second": per_second(sum(len(o.planned.prompt) for o in finished)),
         "output_tokens_per_second": per_second(sum(o.num_tokens for o in finished)),
+        # Above 1, the times of a server's tokens are those of some of them.
+        "tokens_per_event": _mean_tokens(finished),
         "time_to_first_token": _statistics([o.time_to_first_token for o in finished]),
         "inter_token_latency": _statistics(
             [latency for o in finished for latency in o.inter_token_latencies]
         ),
-        "time_per_token": _statistics([o.time_per_token for o in finished if o.num_tokens > 1]),
+        "time_per_token": _statistics(
+            [o.time_per_token for o in finished if len(o.token_times) > 1]
+        ),
         "request_duration": _statistics([o.duration for o in finished]),
         "goal": asdict(goal),
         "goal_kept": kept / len(outcomes),
@@ -76,6 +80,11 @@ def summarize(outcomes: Sequence[Outcome], goal: Goal) -> dict[str, Any]:
             for name, count in Counter(o.planned.adapter for o in outcomes).most_common()
         },
     }
+
+
+def _mean_tokens(finished: Sequence[Outcome]) -> float | None:
+    events = sum(len(outcome.token_times) for outcome in finished)
+    return sum(outcome.num_tokens for outcome in finished) / events if events else None
 
 
 def _statistics(values: Sequence[float]) -> dict[str, float] | None:

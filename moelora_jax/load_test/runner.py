@@ -23,8 +23,8 @@ class Outcome:
     Attributes:
         planned: the request.
         sent: when it was sent; later than planned if the client did not keep up.
-        token_times: when tokens came. Of a server, when its events came: one may hold a part of a
-            character only together with the next token.
+        token_times: when tokens came. Of a server, when its events came: one that sends none for
+            a token without text makes its first tokens late, and the others fast.
         num_tokens: that were generated.
         error: why it failed, or None.
     """

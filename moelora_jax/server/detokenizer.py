@@ -1,6 +1,6 @@
 """From tokens to text as they come: whole characters only, and nothing of a stop string."""
 
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 
 from tokenizers import Tokenizer
 
@@ -18,16 +18,20 @@ class Detokenizer:
     bytes that are no characters, a decoder that knew what follows would give up earlier bytes.)
 
     Args:
-        tokenizer: decodes; special tokens have no text.
+        tokenizer: decodes.
+        special_tokens: ids without text, as those that the tokenizer does not know.
     """
 
-    def __init__(self, tokenizer: Tokenizer) -> None:
+    def __init__(self, tokenizer: Tokenizer, special_tokens: Container[int] = ()) -> None:
         self._tokenizer = tokenizer
+        self._special_tokens = special_tokens
         self._tokens: list[int] = []
         self._num_context = 0  # The first of the tokens, whose text is out already.
 
     def push(self, token: int) -> str:
         """The text that is certain now; empty within a character."""
+        if token in self._special_tokens or self._tokenizer.id_to_token(token) is None:
+            return ""  # Or thousands of them would be decoded again with each one that follows.
         self._tokens.append(token)
         context, text = self._decode(self._num_context), self._decode(len(self._tokens))
         if text.endswith(_REPLACEMENT) or len(text) <= len(context):

@@ -39,11 +39,11 @@ class ScoredToken:
 
 @dataclass(frozen=True)
 class Piece:
-    """The next part of a completion.
+    """What one more token has brought to a completion.
 
     Attributes:
         index: of the completion.
-        text: may be empty.
+        text: empty where the token has none, or none yet.
         tokens: the tokens that begin in the text, if log-probabilities were asked for.
         finish_reason: ``stop`` or ``length`` in the last piece, else None.
     """
@@ -75,7 +75,7 @@ class Generation:
         completion_tokens: so far.
     """
 
-    def __init__(self, completions: "Sequence[_Completion]", prompt_tokens: int) -> None:
+    def __init__(self, completions: "Sequence[Completion]", prompt_tokens: int) -> None:
         self._completions = completions
         self.prompt_tokens = prompt_tokens
 
@@ -122,7 +122,7 @@ class Generation:
 
 
 @dataclass(eq=False)
-class _Completion:
+class Completion:
     """One completion on its way: a stream of the engine, and the text so far."""
 
     index: int
@@ -162,9 +162,8 @@ class _Completion:
                 text += self.stop_strings.finish()
             if reason is not None:
                 self._end()
-            piece = Piece(self.index, text, self._release(text, reason), reason)
-            if piece.text or piece.tokens or piece.finish_reason:
-                yield piece
+            # Also without text: whoever listens sees that a token came, and when.
+            yield Piece(self.index, text, self._release(text, reason), reason)
             if reason is not None:
                 return
 
@@ -246,7 +245,7 @@ def start_generation(
     stop_tokens = frozenset(request.stop_token_ids or ())
     if not request.ignore_eos:
         stop_tokens |= text_model.stop_tokens
-    completions: list[_Completion] = []
+    completions: list[Completion] = []
     try:
         for index in range(len(prompts) * number):
             prompt = prompts[index // number]
@@ -262,7 +261,7 @@ def start_generation(
                 )
             )
             stops = StopStrings(request.stop_strings)
-            completions.append(_Completion(index, stream, text_model, stops, metrics, arrival))
+            completions.append(Completion(index, stream, text_model, stops, metrics, arrival))
     except BaseException:
         for completion in completions:
             completion.close()
@@ -302,7 +301,7 @@ def _interrupted(reason: str) -> ApiError:
     return shutting_down()  # Nothing else cancels a request whose client still listens.
 
 
-async def _pump(completion: _Completion, arrived: "asyncio.Queue[Piece | ApiError]") -> None:
+async def _pump(completion: Completion, arrived: "asyncio.Queue[Piece | ApiError]") -> None:
     try:
         async for piece in completion.pieces():
             arrived.put_nowait(piece)

@@ -137,7 +137,7 @@ class ChatAnswer(Answer):
         chunks = []
         if first:
             chunks.append(chunk({"role": "assistant", "content": ""}))
-        if piece.text or piece.tokens:
+        if piece.text or piece.tokens or piece.finish_reason is None:
             logprobs = {"logprobs": self._logprobs(piece)} if self._with_logprobs else {}
             chunks.append(chunk({"content": piece.text}, **logprobs))
         if piece.finish_reason is not None:

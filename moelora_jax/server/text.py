@@ -84,7 +84,7 @@ class TextModel:
 
     def detokenizer(self) -> Detokenizer:
         """For the tokens of one completion."""
-        return Detokenizer(self.tokenizer)
+        return Detokenizer(self.tokenizer, self._special_tokens)
 
     def token_bytes(self, token: int) -> bytes:
         """What a token stands for within a text; part of a character is possible."""
@@ -101,6 +101,11 @@ class TextModel:
         before = self.tokenizer.decode(anchor, skip_special_tokens=False)
         both = self.tokenizer.decode([*anchor, token], skip_special_tokens=False)
         return both[len(before) :].encode()
+
+    @cached_property
+    def _special_tokens(self) -> frozenset[int]:
+        added = self.tokenizer.get_added_tokens_decoder()
+        return frozenset(token for token, what in added.items() if what.special)
 
     @cached_property
     def _added_tokens(self) -> frozenset[int]:
