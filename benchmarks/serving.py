@@ -7,6 +7,10 @@ of which the device holds a few; an open-loop load (``moelora bench-serve``) ask
 distribution. Meanwhile adapters are reloaded in place, and others are loaded, asked and unloaded.
 In the end the server's own counters must show no compilation, no buffer that moved and no unplanned
 read, and no request may have failed. The server then starts once more, with its programs cached.
+
+A start reads the model, compiles two programs for each power of two up to ``--max-running`` and for
+some more sizes, and reads all adapters; ``--starts 1`` and a small ``--max-running`` make it cheap.
+What is known is printed and written as it comes, so a run that is cut short still tells it.
 """
 
 import argparse
@@ -38,6 +42,14 @@ MOELORA = [sys.executable, "-c", "from moelora_jax.cli import app; app()"]
 ZEROS = ("compilations_total", "address_changes_total", "unplanned_reads_total")
 #: Names that churn loads beside those that the load asks for.
 EXTRA = 4
+
+
+_START = time.perf_counter()
+
+
+def say(what: str) -> None:
+    """Print where the program is, and after how many seconds."""
+    print(f"{time.perf_counter() - _START:6.1f} s: {what}", flush=True)
 
 
 @dataclass
@@ -88,20 +100,26 @@ def serving(options: argparse.Namespace, cache: Path, log: Path) -> Iterator[Ser
     with open(log, "w", encoding="utf-8") as file:
         process = subprocess.Popen(command, stderr=file, stdout=file, env=environment)
     try:
-        text = ""
+        text, shown = "", 0
         while "Serving " not in text:
             if process.poll() is not None:
                 raise RuntimeError(f"the server has ended:\n{text[-3000:]}")
             time.sleep(0.05)
             text = log.read_text(encoding="utf-8")
+            *lines, _ = text.split("\n")
+            for line in filter(str.strip, lines[shown:]):
+                say(f"server: {line}")
+            shown = len(lines)
         seconds = time.perf_counter() - start
         (url,) = re.findall(r"Serving .* on (http://\S+)", text)
         (programs,) = re.findall(r"Ready: (.*)", text)
-        print(f"server: {seconds:.1f} s; {programs}", flush=True)
+        say(f"the server has started in {seconds:.1f} s")
         yield Server(url, round(seconds, 1), programs)
     finally:
+        say("the server ends")
         process.send_signal(signal.SIGTERM)
         status = process.wait(60)
+        say(f"the server has ended with {status}")
     if status != 0:
         raise RuntimeError(f"the server ended with {status}: {log.read_text()[-3000:]}")
 
@@ -169,8 +187,8 @@ class Churn(threading.Thread):
             self._call("unload", "/v1/unload_lora_adapter", {"lora_name": name})
 
 
-def measure(server: Server, options: argparse.Namespace, folder: Path) -> dict[str, Any]:
-    """The load with churn, and the server's counters behind it."""
+def measure(server: Server, options: argparse.Namespace, folder: Path) -> Iterator[dict[str, Any]]:
+    """The load with churn, and the server's counters behind it; each result as it is known."""
     churn = Churn(server, options.folder / "adapters", options.churn_pause)
     report = folder / "load.json"
     command = [*MOELORA, "bench-serve", server.url, "--json", str(report)]
@@ -182,10 +200,12 @@ def measure(server: Server, options: argparse.Namespace, folder: Path) -> dict[s
         time.sleep(0.05)  # The load knows the adapters only now, and must not ask for others.
     churn.start()
     status = load_test.wait()
-    churn.stop()
     if status != 0:
         raise RuntimeError(f"bench-serve ended with {status}")
     load = json.loads(report.read_text())
+    yield {"load": load}
+    say("the load has ended; what was loaded beside it is unloaded")
+    churn.stop()
     metrics = server.metrics()
     problems = [f"{name} is {metrics[name]:g}" for name in ZEROS if metrics[name]]
     problems += [f"failed requests: {load['errors']}"] if load["errors"] else []
@@ -195,10 +215,9 @@ def measure(server: Server, options: argparse.Namespace, folder: Path) -> dict[s
         problems.append(f"{metrics['requests_submitted_total']} submitted, {ended} ended")
     plain = {name: value for name, value in metrics.items() if "{" not in name}
     kinds = {name: n for name, n in metrics.items() if name.startswith("steps_total")}
-    return {
+    yield {
         "problems": problems,
         "churn": dict(churn.done),
-        "load": load,
         "metrics": {name: n for name, n in plain.items() if not name.startswith("python_")} | kinds,
     }
 
@@ -241,9 +260,10 @@ def main() -> None:
                 report["starts"].append(
                     {"seconds": server.start_seconds, "programs": server.programs}
                 )
-                if start == 0:
-                    report |= measure(server, options, folder)
-            write(report, options.json)
+                write(report, options.json)
+                for known in measure(server, options, folder) if start == 0 else ():
+                    report |= known
+                    write(report, options.json)
     shown = ("starts", "churn", "metrics", "problems")
     print(json.dumps({name: report[name] for name in shown}, indent=1))
     if report["problems"]:
