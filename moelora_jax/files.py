@@ -24,6 +24,7 @@ def new_folder(folder: str | Path, error: type[MoeLoraError]) -> Iterator[Path]:
         new = Path(temporary, folder.name)
         new.mkdir()
         yield new
+        _share(new)
         new.rename(folder)
 
 
@@ -34,4 +35,15 @@ def new_file(path: Path) -> Iterator[Path]:
     with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as temporary:
         new = Path(temporary, path.name)
         yield new
+        _share(new)
         new.replace(path)
+
+
+def _share(new: Path) -> None:
+    """Give files the permissions of any new file; those of safetensors are for their owner."""
+    probe = new.with_name(f"{new.name}.probe")
+    probe.touch()
+    mode = probe.stat().st_mode
+    for path in (new, *new.rglob("*")):
+        if path.is_file():
+            path.chmod(mode)

@@ -466,6 +466,15 @@ def test_missing_files(folder: Path, tmp_path: Path, rows: Path) -> None:
     assert not missing.exists()
 
 
+@pytest.mark.parametrize("command", ["score", "generate"])
+def test_the_input_is_not_written_over(folder: Path, rows: Path, command: str) -> None:
+    rows.write_text(line := '{"tokens": [1]}')
+    options = ("--model", folder / "model", "--input", rows)
+    message = error(command, *options, "--output", rows.parent / "." / rows.name)
+    assert message == f"error: {rows}: is the input; name another file to write"
+    assert rows.read_text() == line
+
+
 def test_serve_refuses_a_rank_before_it_loads_the_model(folder: Path) -> None:
     adapter = ("--adapter", f"a={folder}/adapters/experts-r24")
     result = run("serve", "--model", folder / "model", *adapter, "--max-rank", 16, "--port", 0)

@@ -12,6 +12,7 @@ from pathlib import Path
 from types import ModuleType
 
 import jax
+import markdown
 import numpy as np
 import pytest
 from typer.main import get_command
@@ -219,6 +220,14 @@ def test_the_readme_compares_what_was_measured() -> None:
         f"takes {ratio} times as long as in the fastest other engine, in the geometric mean of "
         f"{count} points, and is ahead at {won} of them" in " ".join(readme.split())
     )
+
+
+def test_the_site_shows_the_serving_loop() -> None:
+    """The page names the file as the site's extension wants it, whatever formats its blocks."""
+    text = (ROOT / "docs" / "serving_loop.md").read_text(encoding="utf-8")
+    snippets = {"pymdownx.snippets": {"base_path": [str(ROOT)], "check_paths": True}}
+    html = markdown.markdown(text, extensions=[*snippets], extension_configs=snippets)
+    assert "def compile_programs(" in html
 
 
 def test_serving_loop_by_hand(demo: Path) -> None:

@@ -73,7 +73,7 @@ def generate(
     """
     sampling = Sampling(temperature=temperature, top_k=top_k, top_p=top_p, seed=seed)
     if output is not None:
-        check_output(output)
+        check_output(output, rows)
     job = prepare(
         ["prefill", "decode"],
         model=model,

@@ -59,12 +59,18 @@ def print_memory(
     console.print(table)
 
 
-def check_output(path: Path) -> None:
+def check_output(path: Path, *inputs: Path) -> None:
     """Refuse, before any work, a file that cannot be written at the end.
 
+    Args:
+        path: the file, which may exist.
+        inputs: files that must not be written over.
+
     Raises:
-        RequestError: it is a folder, or its folder is missing or not writable.
+        RequestError: it is a folder or an input, or its folder is missing or not writable.
     """
+    if any(path.resolve() == other.resolve() for other in inputs):
+        raise RequestError(f"{path}: is the input; name another file to write")
     folder = path.absolute().parent
     if path.is_dir():
         raise RequestError(f"{path}: is a folder; name a file to write")

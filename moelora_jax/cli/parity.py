@@ -108,7 +108,7 @@ def parity(
     """
     require_torch()
     if json_file is not None:
-        check_output(json_file)
+        check_output(json_file, *([rows] if rows else []))
     folders = parse_adapters(adapter or [], layout or [])
     family, config = read_model_config(model)
     if rows is None:

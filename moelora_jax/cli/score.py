@@ -42,7 +42,7 @@ def score(
 
     All rows run as one mixed batch, or as few as the limits below allow.
     """
-    check_output(output)
+    check_output(output, rows)
     job = prepare(
         ["score"],
         model=model,
