@@ -38,7 +38,6 @@ from benchmarks.workload import PEAK_BYTES
 from moelora_jax import LLM, BucketConfig, CacheConfig, LoraConfig, Prompt, RuntimeConfig
 from moelora_jax.adapters.adapter import Adapter, LowRankUpdate, Target
 from moelora_jax.buckets import (
-    Batch,
     Kind,
     ProgramKey,
     Programs,
@@ -185,10 +184,12 @@ def random_adapter(config: ModelConfig, rank: int, seed: int) -> Adapter:
 
 def step_batch(
     llm: LLM, key: ProgramKey, position: int, counts: list[int], slots: list[int]
-) -> Batch:
+) -> np.ndarray:
     """So many tokens of each sequence, which begin at ``position``; adapters in turn."""
     sequences = len(counts)
-    batch = llm.runner.layout(key).empty()
+    layout = llm.runner.layout(key)
+    packed = layout.padding()
+    batch = layout.unpack(packed)
     row = np.arange(sequences, dtype=np.int32)
     ends = np.cumsum(counts)
     total = int(ends[-1])
@@ -203,7 +204,7 @@ def step_batch(
     batch.block_table[:sequences] = 1 + row[:, None] * blocks + np.arange(blocks)
     batch.num_tokens[...] = total
     batch.seat[:sequences] = row
-    return batch
+    return packed
 
 
 def time_steps(run: Callable[[], Any], repetitions: int = 5) -> float:

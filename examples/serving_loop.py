@@ -62,7 +62,8 @@ def layout_of(key: ProgramKey) -> BatchLayout:
 def pack(key: ProgramKey, rows: list[Request]) -> np.ndarray:
     """A step: of each row the tokens that are not in the cache yet."""
     layout = layout_of(key)
-    batch, blocks, start = layout.empty(), np.arange(layout.blocks_per_sequence), 0
+    packed, blocks, start = layout.padding(), np.arange(layout.blocks_per_sequence), 0
+    batch = layout.unpack(packed)  # Views, to be filled in.
     for row, request in enumerate(rows):
         new = request.tokens[request.in_cache :]
         here = slice(start, start + len(new))
@@ -76,7 +77,7 @@ def pack(key: ProgramKey, rows: list[Request]) -> np.ndarray:
         batch.block_table[row] = 1 + request.seat * len(blocks) + blocks
         start = here.stop
     batch.num_tokens[...] = start
-    return layout.pack(batch)
+    return packed
 
 
 def compile_programs(graph: Any, params: Any, pool: PagePool, state: Any) -> buckets.Programs:

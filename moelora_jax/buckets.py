@@ -5,6 +5,7 @@ vector. Programs are compiled before the first batch; a batch that fits no bucke
 is never compiled for.
 """
 
+import functools
 import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -17,9 +18,7 @@ from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.monitoring
-import jax.numpy as jnp
 import numpy as np
-from jax import Array, lax
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
@@ -106,30 +105,42 @@ class BatchLayout:
     @property
     def size(self) -> int:
         """Length of the packed vector."""
-        return sum(prod(field.shape) for field in self.shapes())
+        return _parts(self)[-1][0].stop
 
-    def empty(self) -> Batch:
-        """A batch of padding alone, as NumPy arrays to fill in."""
-        batch = Batch(*(np.zeros(field.shape, field.dtype) for field in self.shapes()))
-        batch.adapter_of_token[:] = -1
-        batch.top_p[:] = 1.0
-        batch.seat[:] = np.iinfo(np.int32).max
-        return batch
+    def padding(self) -> np.ndarray:
+        """A new vector of padding alone; what :meth:`unpack` makes of it is there to be filled in.
 
-    def pack(self, batch: Batch) -> np.ndarray:
-        """The vector to copy to the device; floats keep their bits."""
-        return np.concatenate([np.ravel(np.asarray(field)).view(np.int32) for field in batch])
+        It is copied to the device as it is; floats keep their bits.
+        """
+        return _padding(self).copy()
 
-    def unpack(self, packed: Array) -> Batch:
-        """Inside a program: the fields of a packed vector."""
-        fields, start = [], 0
-        for field in self.shapes():
-            values = packed[start : start + prod(field.shape)].reshape(field.shape)
-            if field.dtype != jnp.int32:
-                values = lax.bitcast_convert_type(values, field.dtype)
-            fields.append(values)
-            start += prod(field.shape)
-        return Batch(*fields)
+    def unpack(self, packed: Any) -> Batch:
+        """The fields of a packed vector: inside a program, or of NumPy as views of it."""
+        return Batch(
+            *(
+                # XLA sees nothing of a view of the same dtype.
+                packed[where].reshape(field.shape).view(field.dtype)
+                for where, field in _parts(self)
+            )
+        )
+
+
+@functools.cache
+def _parts(layout: BatchLayout) -> tuple[tuple[slice, jax.ShapeDtypeStruct], ...]:
+    """Where each field lies."""
+    ends = np.cumsum([prod(field.shape) for field in layout.shapes()]).tolist()
+    where = map(slice, [0, *ends[:-1]], ends)
+    return tuple(zip(where, layout.shapes(), strict=True))
+
+
+@functools.cache
+def _padding(layout: BatchLayout) -> np.ndarray:
+    packed = np.zeros(layout.size, np.int32)
+    batch = layout.unpack(packed)
+    batch.adapter_of_token[:] = -1
+    batch.top_p[:] = 1.0
+    batch.seat[:] = np.iinfo(np.int32).max
+    return packed
 
 
 def _dtype(name: str) -> np.dtype:

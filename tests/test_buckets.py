@@ -42,9 +42,11 @@ def test_unpacking_undoes_packing_bitwise(
             for field in layout.shapes()
         )
     )
-    packed = layout.pack(batch)
+    packed = layout.padding()
     assert packed.dtype == np.int32
     assert packed.shape == (layout.size,)
+    for view, field in zip(layout.unpack(packed), batch, strict=True):
+        view[...] = field
     for field, expected in zip(layout.unpack(jnp.asarray(packed)), batch, strict=True):
         actual = np.asarray(field)
         assert actual.dtype == expected.dtype
@@ -52,8 +54,10 @@ def test_unpacking_undoes_packing_bitwise(
         np.testing.assert_array_equal(actual.view(np.int32), expected.view(np.int32))
 
 
-def test_an_empty_batch_is_padding_alone() -> None:
-    batch = BatchLayout(Bucket(4, 2), 3).empty()
+def test_padding_is_new_each_time() -> None:
+    layout = BatchLayout(Bucket(4, 2), 3)
+    layout.padding()[:] = 7
+    batch = layout.unpack(layout.padding())
     assert batch.num_tokens == 0
     assert (batch.adapter_of_token == -1).all()
     assert not batch.query_counts.any()

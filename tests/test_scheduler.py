@@ -85,13 +85,13 @@ class FakeDevice:
 
     def run(self, plan: Plan) -> list[int]:
         assert len({id(chunk.sequence) for chunk in plan.chunks}) == len(plan.chunks)
-        assert 0 < sum(chunk.count for chunk in plan.chunks) <= 16
+        assert 0 < sum(chunk.num_tokens for chunk in plan.chunks) <= 16
         tokens = []
         for chunk in plan.chunks:
-            sequence, end = chunk.sequence, chunk.start + chunk.count
+            sequence, end = chunk.sequence, chunk.start + chunk.num_tokens
             assert sequence.end_reason is None
             if plan.kind == "decode":
-                assert chunk.count == 1
+                assert chunk.num_tokens == 1
             weights = 0 if sequence.version is None else sequence.version.number
             known = list(sequence.tokens)
             if end > len(known):
@@ -148,7 +148,7 @@ def test_prompts_run_in_chunks_beside_sequences_that_decode() -> None:
     for number, (count, samples) in enumerate(((15, False), (15, False), (5, True))):
         plan = device.step()
         assert plan is not None and plan.kind == "prefill"
-        assert [(c.sequence, c.count, c.samples) for c in plan.chunks] == [
+        assert [(c.sequence, c.num_tokens, c.samples) for c in plan.chunks] == [
             (first, 1, True),
             (second, count, samples),
         ], number
@@ -468,14 +468,14 @@ def test_a_seat_knows_its_new_sequence() -> None:
         scheduler.add(one)
         plan = scheduler.plan(0.0)
         assert plan is not None
-        batch = packer.pack(layout, plan)
+        batch = layout.unpack(packer.pack(layout, plan))
         assert batch.tokens[:6].tolist() == [*prompt, 0]
         assert batch.positions[:5].tolist() == list(range(5))
         assert batch.block_table[0, :2].tolist() == one.blocks
         assert batch.seat[0] == one.seat and (batch.seat[1:] > 100).all()
         plan = scheduler.plan(0.0)
         assert plan is not None
-        batch = packer.pack(layout, plan)
+        batch = layout.unpack(packer.pack(layout, plan))
         assert batch.tokens[0] == -1 - one.seat and batch.positions[0] == 5
         scheduler.end(one, "cancelled")
 

@@ -134,7 +134,7 @@ class Engine:
 
     def _enqueue(self, plan: Plan) -> _Step:
         buckets = self._decode_buckets if plan.kind == "decode" else self._prefill_buckets
-        tokens = sum(chunk.count for chunk in plan.chunks)
+        tokens = sum(chunk.num_tokens for chunk in plan.chunks)
         bucket = choose_bucket(buckets, tokens, len(plan.chunks))
         lora = any(chunk.sequence.version is not None for chunk in plan.chunks)
         key = ProgramKey(plan.kind, bucket, lora)
@@ -159,8 +159,8 @@ class Engine:
     def _take_logits(self, plan: Plan, logits: np.ndarray) -> None:
         start = 0
         for chunk in plan.chunks:
-            self.scheduler.scored(chunk, logits[start : start + chunk.count].copy())
-            start += chunk.count
+            self.scheduler.scored(chunk, logits[start : start + chunk.num_tokens].copy())
+            start += chunk.num_tokens
 
 
 def _output(chunk: Chunk, token: int, row: int, sampled: Sampled | None) -> TokenOutput:

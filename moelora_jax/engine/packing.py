@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from moelora_jax.buckets import Batch, BatchLayout
+from moelora_jax.buckets import BatchLayout
 from moelora_jax.config import BucketConfig, CacheConfig
 from moelora_jax.engine.scheduler import Chunk, Plan
 from moelora_jax.engine.sequence import Sequence
@@ -26,13 +26,14 @@ class Packer:
         self._top_p = np.ones(seats, np.float32)
         self._seed = np.zeros(seats, np.int32)
 
-    def pack(self, layout: BatchLayout, plan: Plan) -> Batch:
-        """The batch of a plan, in the layout of its program."""
-        batch, chunks = layout.empty(), plan.chunks
+    def pack(self, layout: BatchLayout, plan: Plan) -> np.ndarray:
+        """The batch of a plan as one int32 vector, in the layout of its program."""
+        packed, chunks = layout.padding(), plan.chunks
+        batch = layout.unpack(packed)
         for chunk in chunks:
             self._update(chunk.sequence)
         rows, seats = len(chunks), np.array([chunk.sequence.seat for chunk in chunks])
-        counts = np.array([chunk.count for chunk in chunks], np.int32)
+        counts = np.array([chunk.num_tokens for chunk in chunks], np.int32)
         ends = np.cumsum(counts, dtype=np.int32)
         total = int(ends[-1])
         slots = [-1 if (v := chunk.sequence.version) is None else v.slot for chunk in chunks]
@@ -54,7 +55,7 @@ class Packer:
         samples = np.array([chunk.samples for chunk in chunks])
         batch.seat[:rows][samples] = seats[samples]
         batch.logprobs[...] = wants_logprobs(plan)
-        return batch
+        return packed
 
     def _update(self, sequence: Sequence) -> None:
         """Tell the seat of a sequence all if it is new there, else what blocks were added."""
@@ -82,4 +83,4 @@ def _tokens(chunk: Chunk) -> list[int]:
     sequence, start = chunk.sequence, chunk.start
     if start == len(sequence.tokens):
         return [-1 - sequence.seat]
-    return sequence.tokens[start : start + chunk.count]
+    return sequence.tokens[start : start + chunk.num_tokens]

@@ -5,6 +5,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax import Array
 from jax.typing import DTypeLike
@@ -12,7 +13,6 @@ from jax.typing import DTypeLike
 from moelora_jax.adapters.pages import PagePool
 from moelora_jax.adapters.registry import AdapterRegistry
 from moelora_jax.buckets import (
-    Batch,
     BatchLayout,
     CompileReport,
     Kind,
@@ -86,19 +86,19 @@ class Runner:
         """Compile all programs of the given kinds; nothing is compiled for a batch after that."""
         return self.programs.compile(program_keys(self.runtime.buckets, kinds), progress=progress)
 
-    def run(self, key: ProgramKey, batch: Batch) -> Sampled | Array:
+    def run(self, key: ProgramKey, packed: np.ndarray) -> Sampled | Array:
         """Run one step; returns before the device has run it.
 
         Args:
             key: the program.
-            batch: NumPy arrays of the program's bucket.
+            packed: a batch in the program's layout; it must not be changed after that.
 
         Returns:
             On the device: each row's next token, or for ``score`` float32 ``[tokens, vocab]``
             logits.
         """
-        packed = jax.device_put(self.layout(key).pack(batch))
         pages = self.pool.device_pages() if key.lora else None
+        # The program copies the vector to the device; jax.device_put takes several times as long.
         self.state, out = self.programs[key](self.state, self._params, pages, packed)
         if isinstance(out, Sampled):
             # Now, or the copy would queue behind the next step. It is the one read that is planned.

@@ -15,7 +15,7 @@ from bisect import insort
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Protocol, runtime_checkable
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 
@@ -28,20 +28,19 @@ from moelora_jax.engine.waiting import WaitingQueue
 from moelora_jax.errors import MoeLoraError
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class Chunk:
+class Chunk(NamedTuple):
     """The tokens of one sequence in a step.
 
     Attributes:
         sequence: whose.
         start: position of the first one.
-        count: how many.
+        num_tokens: how many.
         samples: whether the step samples the sequence's next token.
     """
 
     sequence: Sequence
     start: int
-    count: int
+    num_tokens: int
     samples: bool
 
 
@@ -196,7 +195,7 @@ class Scheduler:
         if sequence.end_reason:
             return
         sequence.logits.append(logits)
-        if chunk.start + chunk.count == sequence.num_prompt:
+        if chunk.start + chunk.num_tokens == sequence.num_prompt:
             self.end(sequence, "scored")
 
     # Admission.
@@ -295,9 +294,11 @@ class Scheduler:
 
     def _mixed(self) -> Plan | None:
         """One token of each sequence that decodes, and chunks of prompts beside them."""
-        ready = [s for s in self.running if not s.scores and not s.is_sampled_out]
-        prompts = [s for s in ready if s.num_pending > 1]
-        decodes = [s for s in ready if s.num_pending == 1]
+        prompts: list[Sequence] = []
+        decodes: list[Sequence] = []
+        for sequence in self.running:
+            if not sequence.scores and not sequence.is_sampled_out:
+                (prompts if sequence.num_pending > 1 else decodes).append(sequence)
         if prompts and len(decodes) >= self._largest.tokens:
             # No bucket holds all decodes and a prompt: they take turns.
             self._decodes_next = not self._decodes_next
@@ -334,7 +335,7 @@ class Scheduler:
             if room == 0:
                 break
             chunks.append(self._chunk(sequence, min(room, sequence.num_pending)))
-            room -= chunks[-1].count
+            room -= chunks[-1].num_tokens
         return chunks
 
     def _chunk(self, sequence: Sequence, count: int) -> Chunk:

@@ -12,7 +12,7 @@ from moelora_jax.errors import MoeLoraError
 EndReason = Literal["stop", "length", "scored", "cancelled", "timeout", "error"]
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, slots=True)
 class Sequence:
     """A request on its way through the engine; validated by whoever makes it.
 

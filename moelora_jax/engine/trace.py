@@ -79,7 +79,8 @@ def trace_rows(runner: Runner, rows: Sequence[tuple[Sequence[int], str | None]])
         ),
     )
     layout = _layout(runtime)
-    batch = layout.empty()
+    packed = layout.padding()
+    batch = layout.unpack(packed)
     ends = np.cumsum(lengths)
     for row, ((tokens, _), slot, end) in enumerate(zip(rows, slots, ends, strict=True)):
         part = slice(end - len(tokens), end)
@@ -97,7 +98,7 @@ def trace_rows(runner: Runner, rows: Sequence[tuple[Sequence[int], str | None]])
     graph, params = nnx.split(runner.model)
     pages = runner.pool.device_state() if max(slots) >= 0 else None
     computed = jax.device_get(
-        _run(graph, params, pages, layout.pack(batch), config=runner.config, runtime=runtime)
+        _run(graph, params, pages, packed, config=runner.config, runtime=runtime)
     )
     traces = []
     for (tokens, adapter), end in zip(rows, ends, strict=True):
