@@ -477,6 +477,8 @@ def main() -> None:
     sort.MAX_COUNTED_PAIRS, sort.BLOCK_PAIRS = 0, 128
     check_sort()
     check_gather()
+    # Rows are multiplied in several steps.
+    triton_shrink.STEP_NUMBERS = triton_shrink.tl.constexpr(256)
     check_shared()
     # Runs of several windows, which are cut; several chunks of tokens; more pages than are
     # multiplied at once.

@@ -43,8 +43,7 @@ def dense_lora(
     if choose(implementation) == "triton":
         from moelora_kernels.dense_lora import triton
 
-        tokens, width = x.shape
-        shrink_tiles, tiles = dense_tiles(tokens, width, x.dtype)
+        shrink_tiles, tiles = dense_tiles(x.shape[0], x.dtype)
         return triton.dense_lora(
             x,
             y,
@@ -93,7 +92,7 @@ def embedding_lora(
     if choose(implementation) == "triton":
         from moelora_kernels.dense_lora import triton
 
-        _, tiles = dense_tiles(y.shape[0], y.shape[1], y.dtype)
+        _, tiles = dense_tiles(y.shape[0], y.dtype)
         return triton.add_expand_rows(
             rank_activations, y, pages, sort, first, tile_rows=tile_rows, tiles=tiles, out=out
         )

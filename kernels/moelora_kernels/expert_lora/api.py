@@ -78,7 +78,7 @@ def shrink(
             layer,
             pairs=pairs,
             top_k=top_k,
-            tiles=tiles or shrink_rule(pairs / experts, x.shape[1], x.dtype),
+            tiles=tiles or shrink_rule(pairs / experts, x.dtype),
             out=out,
         )
     rows = read(x, pairs) if top_k is None else reference.gather_rows(x, sort, pairs, top_k)

@@ -45,8 +45,6 @@ from moelora_kernels.waiting import clear, leave, signal, wait_for
 COPY_AHEAD_ROWS = tl.constexpr(32)
 #: Pages that are multiplied at once there, more of which would need more memory.
 COPIED_PAGES = 4
-#: Columns of a page that a warp of a product loads at once when it shrinks.
-SHRINK_COLUMNS = 64
 
 
 def gate_up(
@@ -221,12 +219,11 @@ def expand_constants(
     """Compile-time parameters of what a product adds, and of the shrink in its launch."""
     names = ("NUM_ADAPTERS", "MAX_PAGES", "PAGE_LANES", "PAGE_ROWS")
     if not sites:
-        return dict.fromkeys((*names, "SHRINK_K", "SLOTS", "PAGES"), 0)
-    shrinking = shrink_constants(x, sites, SHRINK_COLUMNS * tiles.num_warps)
+        return dict.fromkeys((*names, "SLOTS", "PAGES"), 0)
+    shrinking = shrink_constants(x, sites)
     # A stack has several pages of one adapter where adapters have several.
     pages = min(shrinking["PAGE_LANES"], 4)
     return {name: shrinking[name] for name in names} | {
-        "SHRINK_K": shrinking["BLOCK_K"],
         "SLOTS": max(tiles.stack, 2 * pages) // pages,
         "PAGES": pages,
     }
@@ -282,7 +279,6 @@ def gate_up_tiles(
     MAX_PAGES: tl.constexpr,
     PAGE_LANES: tl.constexpr,
     PAGE_ROWS: tl.constexpr,
-    SHRINK_K: tl.constexpr,
     Z_ROWS: tl.constexpr,
     Z_COLUMNS: tl.constexpr,
     SLOTS: tl.constexpr,
@@ -310,7 +306,7 @@ def gate_up_tiles(
             program, x_ptr, layer, group_ptr, order_ptr, row_of_pair_ptr, gate_a_ptr,
             gate_table_ptr, gate_scaling_ptr, up_a_ptr, up_table_ptr, up_scaling_ptr, z_ptr,
             HIDDEN, TOP_K, NUM_EXPERTS, EXPERTS_POW2, NUM_ADAPTERS, MAX_PAGES, PAGE_LANES,
-            PAGE_ROWS, Z_ROWS, Z_COLUMNS, SHRINK_K,
+            PAGE_ROWS, Z_ROWS, Z_COLUMNS,
         )  # fmt: skip
         signal(shrunk_ptr)
 
@@ -340,7 +336,6 @@ def shrink_for_gate_up(
     PAGE_ROWS: tl.constexpr,
     Z_ROWS: tl.constexpr,
     Z_COLUMNS: tl.constexpr,
-    BLOCK_K: tl.constexpr,
 ):
     """One row for gate or for up.
 
@@ -374,7 +369,7 @@ def shrink_for_gate_up(
                 gate_a_ptr, gate_table_ptr, gate_scaling_ptr,
                 up_a_ptr, up_table_ptr, up_scaling_ptr, z_ptr,
                 HIDDEN, NUM_EXPERTS, NUM_ADAPTERS, MAX_PAGES, PAGE_LANES, PAGE_ROWS,
-                Z_ROWS, Z_COLUMNS, BLOCK_K,
+                Z_ROWS, Z_COLUMNS,
             )  # fmt: skip
             if shared:
                 tl.debug_barrier()  # Numbers that other threads have stored are read.
@@ -576,7 +571,6 @@ def down_tiles(
     MAX_PAGES: tl.constexpr,
     PAGE_LANES: tl.constexpr,
     PAGE_ROWS: tl.constexpr,
-    SHRINK_K: tl.constexpr,
     Z_ROWS: tl.constexpr,
     Z_COLUMNS: tl.constexpr,
     SLOTS: tl.constexpr,
@@ -602,7 +596,7 @@ def down_tiles(
         shrink_for_down(
             program, hidden_ptr, layer, group_ptr, a_ptr, table_ptr, scaling_ptr, z_ptr,
             INTERMEDIATE, NUM_EXPERTS, NUM_ADAPTERS, MAX_PAGES, PAGE_LANES, PAGE_ROWS,
-            Z_ROWS, Z_COLUMNS, SHRINK_K,
+            Z_ROWS, Z_COLUMNS,
         )  # fmt: skip
         signal(shrunk_ptr)
 
@@ -625,14 +619,13 @@ def shrink_for_down(
     PAGE_ROWS: tl.constexpr,
     Z_ROWS: tl.constexpr,
     Z_COLUMNS: tl.constexpr,
-    BLOCK_K: tl.constexpr,
 ):
     """One row."""
     shrink_row(
         row, row, 0, tl.load(group_ptr + row), layer, hidden_ptr,
         a_ptr, table_ptr, scaling_ptr, None, None, None, z_ptr,
         INTERMEDIATE, NUM_EXPERTS, NUM_ADAPTERS, MAX_PAGES, PAGE_LANES, PAGE_ROWS,
-        Z_ROWS, Z_COLUMNS, BLOCK_K,
+        Z_ROWS, Z_COLUMNS,
     )  # fmt: skip
 
 

@@ -24,6 +24,9 @@ CHUNK_TOKENS = 256
 CHUNK_PROGRAMS = 32
 #: Pages that a program of the shrink multiplies at once, at most.
 STACK_PAGES = 8
+#: Numbers of A that a program of one row multiplies at once, and bytes that it copies ahead.
+STEP_NUMBERS = tl.constexpr(4096)
+COPIED_BYTES = tl.constexpr(68 * 1024)
 
 
 def shrink(
@@ -45,7 +48,7 @@ def shrink(
         "TOP_K": 0 if top_k is None else top_k,
         "Z_ROWS": shape[1],
         "Z_COLUMNS": shape[2],
-        **shrink_constants(x, sites, tiles.block_k),
+        **shrink_constants(x, sites),
     }
     grid: tuple[int, ...]
     if tiles.run_rows == 0:
@@ -63,8 +66,8 @@ def shrink(
         grid = (token_programs + windows, triton.cdiv(constants["MAX_PAGES"], pages))
         if stack > 2:  # More pages make a step wider and give more warps work.
             tiles = replace(tiles, block_k=128, num_warps=4, num_stages=3)
-            constants["BLOCK_K"] = min(constants["BLOCK_K"], 128)
         constants |= {
+            "BLOCK_K": min(tiles.block_k, triton.next_power_of_2(x.shape[1])),
             "PAIRS": pairs,
             "RUN_ROWS": tiles.run_rows,
             "SITES": len(sites),
@@ -89,8 +92,8 @@ def _factors(sites: Sequence[SitePages]) -> tuple[Array | None, ...]:
     return (*factors, *(None,) * (6 - len(factors)))
 
 
-def shrink_constants(x: Buffer, sites: Sequence[SitePages], block_k: int) -> dict[str, int]:
-    """Compile-time parameters of a shrink that sums ``block_k`` columns at a time."""
+def shrink_constants(x: Buffer, sites: Sequence[SitePages]) -> dict[str, int]:
+    """Compile-time parameters of a shrink."""
     _, _, adapters, pages, experts = sites[0].table.shape
     return {
         "WIDTH": x.shape[1],
@@ -99,7 +102,6 @@ def shrink_constants(x: Buffer, sites: Sequence[SitePages], block_k: int) -> dic
         "MAX_PAGES": pages,
         "PAGE_LANES": triton.next_power_of_2(pages),
         "PAGE_ROWS": PAGE_ROWS,
-        "BLOCK_K": min(block_k, triton.next_power_of_2(x.shape[1])),
     }
 
 
@@ -126,7 +128,6 @@ def shrink_rows(
     PAGE_ROWS: tl.constexpr,
     Z_ROWS: tl.constexpr,
     Z_COLUMNS: tl.constexpr,
-    BLOCK_K: tl.constexpr,
 ):
     """One row and site per program."""
     row, site = tl.program_id(0) // SITES, tl.program_id(0) % SITES
@@ -138,7 +139,6 @@ def shrink_rows(
         row, x_row, site, tl.load(group_ptr + row), tl.load(layer_ptr), x_ptr,
         pool_0_ptr, table_0_ptr, scaling_0_ptr, pool_1_ptr, table_1_ptr, scaling_1_ptr, z_ptr,
         WIDTH, NUM_EXPERTS, NUM_ADAPTERS, MAX_PAGES, PAGE_LANES, PAGE_ROWS, Z_ROWS, Z_COLUMNS,
-        BLOCK_K,
     )  # fmt: skip
 
 
@@ -165,7 +165,6 @@ def shrink_row(
     PAGE_ROWS: tl.constexpr,
     Z_ROWS: tl.constexpr,
     Z_COLUMNS: tl.constexpr,
-    BLOCK_K: tl.constexpr,
 ):
     """``z[site, row] = scaling · A · x[x_row]`` for one row and site."""
     adapter = group % (NUM_ADAPTERS + 1) - 1
@@ -180,12 +179,12 @@ def shrink_row(
         if site == 0:
             shrink_pages(
                 x_ptr, pool_0_ptr, table_0_ptr + entry, scaling_0_ptr + factor, z_ptr,
-                WIDTH, NUM_EXPERTS, MAX_PAGES, PAGE_LANES, PAGE_ROWS, BLOCK_K,
+                WIDTH, NUM_EXPERTS, MAX_PAGES, PAGE_LANES, PAGE_ROWS,
             )  # fmt: skip
         elif pool_1_ptr is not None:
             shrink_pages(
                 x_ptr, pool_1_ptr, table_1_ptr + entry, scaling_1_ptr + factor, z_ptr,
-                WIDTH, NUM_EXPERTS, MAX_PAGES, PAGE_LANES, PAGE_ROWS, BLOCK_K,
+                WIDTH, NUM_EXPERTS, MAX_PAGES, PAGE_LANES, PAGE_ROWS,
             )  # fmt: skip
 
 
@@ -201,30 +200,33 @@ def shrink_pages(
     MAX_PAGES: tl.constexpr,
     PAGE_LANES: tl.constexpr,
     PAGE_ROWS: tl.constexpr,
-    BLOCK_K: tl.constexpr,
 ):
-    """``z = scaling · A · x`` for one row and the pages that an adapter has, zero past them."""
-    pages = tl.arange(0, PAGE_LANES)
-    entries = tl.load(entry_ptr + pages * NUM_EXPERTS, mask=pages < MAX_PAGES, other=-1)
+    """``z = scaling · A · x`` for one row and the pages that an adapter has, zero past them.
+
+    Steps are copied ahead, as many as their bytes in shared memory allow: loads that wait for each
+    other would take longer than the product that waits for them.
+    """
+    RANKS: tl.constexpr = PAGE_LANES * PAGE_ROWS
+    STEP: tl.constexpr = STEP_NUMBERS // RANKS if RANKS < STEP_NUMBERS // 16 else 16
+    NUMBER_BYTES: tl.constexpr = x_ptr.dtype.element_ty.primitive_bitwidth // 8
+    STAGES: tl.constexpr = COPIED_BYTES // ((RANKS + 1) * STEP * NUMBER_BYTES) + 1
+    rank = tl.arange(0, RANKS)
+    page = rank // PAGE_ROWS
+    pool_row = tl.load(entry_ptr + page * NUM_EXPERTS, mask=page < MAX_PAGES, other=-1)
     scaling = tl.load(scaling_ptr)
-    rank = tl.arange(0, PAGE_ROWS)
-    column = tl.arange(0, BLOCK_K)
-    num_pages = tl.sum((entries >= 0).to(tl.int32), 0)
-    rest = tl.arange(0, PAGE_LANES * PAGE_ROWS)
-    past = (rest >= num_pages * PAGE_ROWS) & (rest < MAX_PAGES * PAGE_ROWS)
-    tl.store(z_ptr + rest, 0.0, mask=past)
-    for page in range(0, num_pages):
-        pool_row = tl.sum(tl.where(pages == page, entries, 0), 0)
-        a_ptr = pool_ptr + pool_row.to(tl.int64) * PAGE_ROWS * WIDTH
-        products = tl.zeros([PAGE_ROWS, BLOCK_K], tl.float32)
-        for k in tl.range(0, WIDTH, BLOCK_K, loop_unroll_factor=4, num_stages=1):
-            inside = k + column < WIDTH
-            x = tl.load(x_ptr + k + column, mask=inside, other=0.0)
-            a_tile = a_ptr + rank[:, None] * WIDTH + k + column[None, :]
-            a = tl.load(a_tile, mask=inside[None, :], other=0.0)
-            products += a.to(tl.float32) * x.to(tl.float32)[None, :]
-        z = tl.sum(products, 1) * scaling
-        tl.store(z_ptr + page * PAGE_ROWS + rank, z.to(z_ptr.dtype.element_ty))
+    has_page = pool_row >= 0
+    a_ptrs = pool_ptr + (pool_row.to(tl.int64) * PAGE_ROWS + rank % PAGE_ROWS) * WIDTH
+    column = tl.arange(0, STEP)
+    products = tl.zeros([RANKS, STEP], tl.float32)
+    for k in tl.range(0, WIDTH, STEP, num_stages=STAGES):
+        inside = k + column < WIDTH
+        x = tl.load(x_ptr + k + column, mask=inside, other=0.0)
+        a_tile = a_ptrs[:, None] + k + column[None, :]
+        a = tl.load(a_tile, mask=has_page[:, None] & inside[None, :], other=0.0)
+        products += a.to(tl.float32) * x.to(tl.float32)[None, :]
+    # Where there is no page, there may be no scaling either.
+    z = tl.where(has_page, tl.sum(products, 1) * scaling, 0.0)
+    tl.store(z_ptr + rank, z.to(z_ptr.dtype.element_ty), mask=page < MAX_PAGES)
 
 
 @triton.jit

@@ -111,7 +111,7 @@ def fused_experts(
         ),
     }
     both = products["GATE_UP"]
-    own = ("BLOCK_N", "BLOCK_K", "SHRINK_K", "SLOTS", "PAGES", "Z_ROWS", "Z_COLUMNS")
+    own = ("BLOCK_N", "BLOCK_K", "SLOTS", "PAGES", "Z_ROWS", "Z_COLUMNS")
     constants = {name: value for name, value in both.items() if name not in own}
     for prefix, values in products.items():
         constants |= {f"{prefix}_{name}": values[name] for name in own}
@@ -228,14 +228,12 @@ def layer_in_one_launch(
     PAGE_ROWS: tl.constexpr,
     GATE_UP_BLOCK_N: tl.constexpr,
     GATE_UP_BLOCK_K: tl.constexpr,
-    GATE_UP_SHRINK_K: tl.constexpr,
     GATE_UP_SLOTS: tl.constexpr,
     GATE_UP_PAGES: tl.constexpr,
     GATE_UP_Z_ROWS: tl.constexpr,
     GATE_UP_Z_COLUMNS: tl.constexpr,
     DOWN_BLOCK_N: tl.constexpr,
     DOWN_BLOCK_K: tl.constexpr,
-    DOWN_SHRINK_K: tl.constexpr,
     DOWN_SLOTS: tl.constexpr,
     DOWN_PAGES: tl.constexpr,
     DOWN_Z_ROWS: tl.constexpr,
@@ -294,7 +292,7 @@ def layer_in_one_launch(
                     gate_a_ptr, gate_table_ptr, gate_scaling_ptr,
                     up_a_ptr, up_table_ptr, up_scaling_ptr, gate_up_z_ptr,
                     HIDDEN, TOP_K, NUM_EXPERTS, EXPERTS_POW2, NUM_ADAPTERS, MAX_PAGES, PAGE_LANES,
-                    PAGE_ROWS, GATE_UP_Z_ROWS, GATE_UP_Z_COLUMNS, GATE_UP_SHRINK_K,
+                    PAGE_ROWS, GATE_UP_Z_ROWS, GATE_UP_Z_COLUMNS,
                 )  # fmt: skip
                 if done == 1:
                     signal(shrunk_ptr + tile)
@@ -325,7 +323,7 @@ def layer_in_one_launch(
                     first + rows + number, hidden_ptr, layer, group_ptr,
                     down_a_ptr, down_table_ptr, down_scaling_ptr, down_z_ptr,
                     INTERMEDIATE, NUM_EXPERTS, NUM_ADAPTERS, MAX_PAGES, PAGE_LANES, PAGE_ROWS,
-                    DOWN_Z_ROWS, DOWN_Z_COLUMNS, DOWN_SHRINK_K,
+                    DOWN_Z_ROWS, DOWN_Z_COLUMNS,
                 )  # fmt: skip
                 signal(shrunk_ptr + tile)
         signal(done_ptr)

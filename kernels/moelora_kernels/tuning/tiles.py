@@ -40,9 +40,9 @@ class ShrinkTiles:
     """Launch parameters of a shrink.
 
     Attributes:
-        block_k: summed columns of one step, of up to two pages.
+        block_k: summed columns of one step, of up to two pages; of runs alone.
         num_warps: warps per program.
-        num_stages: steps whose loads are in flight.
+        num_stages: steps whose loads are in flight; of runs alone.
         run_rows: rows of a run at most, which are multiplied at once; 0 for one program per row.
         slots: programs that share the runs that begin in ``run_rows`` rows.
     """
@@ -228,13 +228,11 @@ def _fit(tiles: GemmTiles, tile_rows: int, matrices: int) -> GemmTiles:
     return replace(tiles, num_stages=max(1, min(tiles.num_stages, stages)))
 
 
-def shrink_rule(rows_per_expert: float, width: int, dtype: DTypeLike) -> ShrinkTiles:
-    """Tiles of a shrink whose input has ``width`` columns."""
+def shrink_rule(rows_per_expert: float, dtype: DTypeLike) -> ShrinkTiles:
+    """Tiles of a shrink."""
     if rows_per_expert > 12 and jnp.dtype(dtype) != jnp.float32:
         return _shrink_of_runs(rows_per_expert)
-    # Few programs: the wider the input, the more each must have in flight.
-    block_k = 256 if width < 2048 else 512 if width < 4096 else 1024 if width < 8192 else 2048
-    return ShrinkTiles(block_k, num_warps=max(4, block_k // 128), num_stages=1)
+    return ShrinkTiles(block_k=128, num_warps=4, num_stages=1)
 
 
 def _shrink_of_runs(rows_per_expert: float) -> ShrinkTiles:
@@ -243,10 +241,10 @@ def _shrink_of_runs(rows_per_expert: float) -> ShrinkTiles:
     return ShrinkTiles(block_k=128, num_warps=2, num_stages=3, run_rows=32, slots=4)
 
 
-def dense_tiles(tokens: int, width: int, dtype: DTypeLike) -> tuple[ShrinkTiles, GemmTiles]:
-    """Tiles of the shrink, whose input has ``width`` columns, and of the expand."""
+def dense_tiles(tokens: int, dtype: DTypeLike) -> tuple[ShrinkTiles, GemmTiles]:
+    """Tiles of the shrink and of the expand."""
     # A dense layer has few rows of each adapter at a time, as an expert with them has.
-    shrink = shrink_rule(tokens / 8, width, dtype)
+    shrink = shrink_rule(tokens / 8, dtype)
     return shrink, GemmTiles(block_n=128, block_k=64, num_warps=4, num_stages=1)
 
 
