@@ -222,6 +222,19 @@ def time_steps(run: Callable[[], Any], repetitions: int = 5) -> float:
     return statistics.median(timed(calls) for _ in range(repetitions))
 
 
+def time_to_enqueue(run: Callable[[], Any], repetitions: int = 9) -> float:
+    """Microseconds that this thread works to hand a step to an idle device."""
+
+    def timed() -> float:
+        start = time.thread_time()
+        out = run()
+        elapsed = time.thread_time() - start
+        jax.block_until_ready(out)
+        return elapsed * 1e6
+
+    return statistics.median(timed() for _ in range(repetitions))
+
+
 def trace_steps(run: Callable[[], Any], calls: int = 2) -> dict[str, tuple[float, float]]:
     """Microseconds and launches of a step, by the kernel's name, from a profiler's trace.
 
@@ -396,14 +409,19 @@ class Measurements:
                 host = (time.thread_time() - host_start) / STEPS * 1e6
                 full = len(engine.scheduler.running) == size
                 engine.run_until_done()
-                program = time_steps(self._decode(size, lora))
+                step = self._decode(size, lora)
+                program, enqueue = time_steps(step), time_to_enqueue(step)
                 row = {"sequences": size, "lora": lora, "step_us": served, "host_us": host}
-                row |= {"program_us": program, "idle": max(0.0, 1 - program / served)}
+                row |= {
+                    "program_us": program,
+                    "enqueue_us": enqueue,
+                    "idle": max(0.0, 1 - program / served),
+                }
                 report.add("serve", row | {"all_ran": full})
                 print(
                     f"serve {size:4} {'LoRA' if lora else 'base'}: {served:8.1f} us a step, "
                     f"the program {program:8.1f} alone, so the device is idle {row['idle']:.1%}; "
-                    f"the host's thread works {host:.1f} us"
+                    f"the host's thread works {host:.1f} us, {enqueue:.1f} of it in the program"
                     + ("" if full else " (some had ended)"),
                     flush=True,
                 )
