@@ -6,9 +6,10 @@ so a compiled program is determined by them alone.
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from numbers import Integral
 from typing import Literal, NamedTuple
 
-from moelora_jax.errors import CapacityError
+from moelora_jax.errors import CapacityError, MoeLoraError
 from moelora_kernels.types import PAGE_ROWS, ExpertGroups
 
 Scoring = Literal["softmax", "sigmoid"]
@@ -49,11 +50,9 @@ class MoeConfig:
     expert_bias: bool = False
 
     def __post_init__(self) -> None:
-        for name in ("num_experts", "top_k", "hidden_size", "intermediate_size"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"MoeConfig.{name} must be at least 1, not {getattr(self, name)}")
+        _check_counts(self, "num_experts", "top_k", "hidden_size", "intermediate_size")
         if self.top_k > self.num_experts:
-            raise ValueError(
+            raise MoeLoraError(
                 f"MoeConfig.top_k is {self.top_k}, more than num_experts {self.num_experts}"
             )
         if self.groups is not None:
@@ -221,8 +220,27 @@ class ModelConfig:
     eos_tokens: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
+        _check_counts(
+            self,
+            "vocab_size",
+            "num_layers",
+            "num_heads",
+            "num_kv_heads",
+            "head_dim",
+            "max_position",
+        )
+        if self.num_heads % self.num_kv_heads:
+            raise MoeLoraError(
+                f"ModelConfig.num_heads is {self.num_heads}, no multiple of num_kv_heads "
+                f"{self.num_kv_heads}"
+            )
+        if self.rotated_features % 2:
+            raise MoeLoraError(
+                f"ModelConfig: positions rotate pairs of features, but a head has "
+                f"{self.rotated_features} to rotate"
+            )
         if self.sliding_layers and not (self.sliding_window and self.sliding_window > 0):
-            raise ValueError(
+            raise MoeLoraError(
                 f"ModelConfig.sliding_layers need a sliding_window of at least 1, not "
                 f"{self.sliding_window}"
             )
@@ -330,9 +348,11 @@ class LoraConfig:
     optional_sites: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        for name in ("max_adapters", "max_rank", "pool_rank"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"LoraConfig.{name} must be at least 1, not {getattr(self, name)}")
+        _check_counts(self, "max_adapters", "max_rank", "pool_rank")
+        for name in ("sites", "optional_sites"):
+            value = getattr(self, name)
+            if not isinstance(value, tuple) and not (name == "sites" and value is None):
+                raise MoeLoraError(f"LoraConfig.{name} must be a tuple of names, not {value!r}")
 
     @property
     def max_pages(self) -> int:
@@ -350,7 +370,7 @@ class LoraConfig:
         for field_name in ("sites", "optional_sites"):
             for name in getattr(self, field_name) or ():
                 if name not in known:
-                    raise ValueError(
+                    raise MoeLoraError(
                         f"LoraConfig.{field_name}: no site {name!r}; the model has {sorted(known)}"
                     )
         if self.sites is None:
@@ -360,7 +380,7 @@ class LoraConfig:
         enabled |= set(self.optional_sites)
         experts = {site.name for site in sites if site.num_experts}
         if 0 < len(experts & enabled) < len(experts):
-            raise ValueError(f"LoraConfig.sites: enable all or none of {sorted(experts)}")
+            raise MoeLoraError(f"LoraConfig.sites: enable all or none of {sorted(experts)}")
         return tuple(site for site in sites if site.name in enabled)
 
 
@@ -387,9 +407,15 @@ class BucketConfig:
     def __post_init__(self) -> None:
         for name in ("decode", "prefill"):
             sizes = getattr(self, name)
-            if not sizes or min(sizes) < 1 or list(sizes) != sorted(set(sizes)):
-                raise ValueError(
-                    f"BucketConfig.{name} must be ascending positive sizes, not {sizes}"
+            if (
+                not isinstance(sizes, tuple)
+                or not all(map(_is_count, sizes))
+                or list(sizes) != sorted({*sizes})
+                or not sizes
+            ):
+                raise MoeLoraError(
+                    f"BucketConfig.{name} must be a tuple of ascending positive sizes, not "
+                    f"{sizes!r}"
                 )
 
     @property
@@ -422,6 +448,11 @@ class CacheConfig:
     num_blocks: int | None = None
     block_size: int = 16
 
+    def __post_init__(self) -> None:
+        _check_counts(self, "max_length", "block_size")
+        if self.num_blocks is not None:
+            _check_counts(self, "num_blocks")
+
     @property
     def blocks_per_sequence(self) -> int:
         return -(-self.max_length // self.block_size)
@@ -446,7 +477,28 @@ class RuntimeConfig:
     buckets: BucketConfig = field(default_factory=BucketConfig)
     cache: CacheConfig = field(default_factory=CacheConfig)
 
+    def __post_init__(self) -> None:
+        for name, kind in (("lora", LoraConfig), ("buckets", BucketConfig), ("cache", CacheConfig)):
+            value = getattr(self, name)
+            if not isinstance(value, kind):
+                raise MoeLoraError(f"RuntimeConfig.{name} must be a {kind.__name__}, not {value!r}")
+
 
 def pages_of_rank(rank: int) -> int:
     """Pages that one factor of ``rank`` takes."""
     return -(-rank // PAGE_ROWS)
+
+
+def _is_count(value: object) -> bool:
+    """Whether it is a whole number of at least 1; NumPy's are, True is not."""
+    return isinstance(value, Integral) and not isinstance(value, bool) and int(value) >= 1
+
+
+def _check_counts(config: object, *names: str) -> None:
+    for name in names:
+        value = getattr(config, name)
+        if not _is_count(value):
+            raise MoeLoraError(
+                f"{type(config).__name__}.{name} must be a whole number of at least 1, not "
+                f"{value!r}"
+            )

@@ -140,6 +140,8 @@ def read_model_config(folder: str | Path) -> tuple[ModelFamily, ModelConfig]:
         return family, family.read_config(raw)
     except CheckpointError as error:
         raise CheckpointError(f"{folder}: {error}") from error
+    except ValueError as error:  # A description that contradicts itself.
+        raise CheckpointError(f"{folder}: config.json: {error}") from error
 
 
 def load_model(

@@ -52,7 +52,7 @@ from rich.progress import (
 )
 from safetensors.numpy import save_file
 
-from moelora_jax.errors import CheckpointError
+from moelora_jax.errors import CheckpointError, MoeLoraError
 from moelora_jax.files import new_folder
 from moelora_jax.models import mxfp4
 from moelora_jax.safetensors_file import FLOAT_DTYPES, SafetensorsFile
@@ -399,10 +399,13 @@ def _check_table(parameters: Mapping[str, Parameter]) -> None:
 
 
 def _parameter_dtype(dtype: DTypeLike) -> np.dtype:
-    result = np.dtype(jnp.dtype(dtype))
+    supported = ", ".join(map(str, PARAMETER_DTYPES))
+    try:
+        result = np.dtype(jnp.dtype(dtype))
+    except TypeError as error:
+        raise MoeLoraError(f"there is no dtype {dtype!r}; supported are {supported}") from error
     if result not in PARAMETER_DTYPES:
-        supported = ", ".join(map(str, PARAMETER_DTYPES))
-        raise ValueError(f"parameters cannot be of dtype {result}; supported are {supported}")
+        raise MoeLoraError(f"parameters cannot be of dtype {result}; supported are {supported}")
     return result
 
 

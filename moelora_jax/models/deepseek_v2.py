@@ -90,21 +90,17 @@ def read_deepseek_config(
     heads = values["num_attention_heads"]
     refuse_other(values, hidden_act="silu", moe_layer_freq=1, num_key_value_heads=heads)
     refuse_quantized(values)
-    try:
-        moe = MoeConfig(
+    return read_decoder_config(
+        {**values, "num_key_value_heads": heads},
+        architecture,
+        MoeConfig(
             num_experts=values["n_routed_experts"],
             top_k=values["num_experts_per_tok"],
             hidden_size=values["hidden_size"],
             intermediate_size=values["moe_intermediate_size"],
             routed_scaling=float(values["routed_scaling_factor"]),
             **router,
-        )
-    except ValueError as error:
-        raise CheckpointError(f"config.json: {error}") from error
-    return read_decoder_config(
-        {**values, "num_key_value_heads": heads},
-        architecture,
-        moe,
+        ),
         head_dim=values["qk_nope_head_dim"] + values["qk_rope_head_dim"],
         latent=LatentConfig(
             query_rank=values.get("q_lora_rank"),

@@ -7,6 +7,33 @@ from typing import Any
 from moelora_jax.config import ModelConfig, MoeConfig, RopeConfig, YarnScaling
 from moelora_jax.errors import CheckpointError
 
+# Whole numbers, whatever the model.
+_COUNTS = {
+    "decoder_sparse_step",
+    "first_k_dense_replace",
+    "head_dim",
+    "hidden_size",
+    "intermediate_size",
+    "kv_lora_rank",
+    "max_position_embeddings",
+    "moe_intermediate_size",
+    "n_group",
+    "n_routed_experts",
+    "n_shared_experts",
+    "num_attention_heads",
+    "num_experts",
+    "num_experts_per_tok",
+    "num_hidden_layers",
+    "num_key_value_heads",
+    "num_local_experts",
+    "q_lora_rank",
+    "qk_nope_head_dim",
+    "qk_rope_head_dim",
+    "sliding_window",
+    "topk_group",
+    "v_head_dim",
+    "vocab_size",
+}
 _ROPE_KEYS = {"rope_type", "type", "rope_theta"}
 _YARN_KEYS = _ROPE_KEYS | {
     "factor",
@@ -26,8 +53,16 @@ def known_values(raw: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[st
     Args:
         raw: the content.
         defaults: what transformers assumes where the file says nothing.
+
+    Raises:
+        CheckpointError: a size is not a whole number.
     """
     values = {key: value for key, value in raw.items() if value is not None}
+    for key in sorted(_COUNTS & values.keys()):
+        if type(values[key]) is not int or values[key] < 0:
+            raise CheckpointError(
+                f"config.json: {key} must be a whole number of at least 0, not {values[key]!r}"
+            )
     # One number has two names, whichever version of transformers wrote the file.
     for key, other in (("num_experts", "num_local_experts"), ("num_local_experts", "num_experts")):
         if other in values:
