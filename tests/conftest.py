@@ -2,6 +2,7 @@
 
 import importlib.util
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 # Several pytest workers share one GPU, so none may take all of its memory.
@@ -14,8 +15,8 @@ if not Path("/dev/nvidia0").exists():
 
 import hypothesis
 import jax
+import jaxtyping
 import pytest
-from jaxtyping import install_import_hook
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -52,7 +53,15 @@ def _checked_modules() -> list[str]:
 # Shapes and dtypes in annotations are checked at every call. This must come before the first import
 # of the packages. A GPU machine may lack beartype; CI does not.
 if importlib.util.find_spec("beartype"):
-    install_import_hook(_checked_modules(), "beartype.beartype")
+    jaxtyping.install_import_hook(_checked_modules(), "beartype.beartype")
+
+
+@pytest.fixture
+def unchecked() -> Iterator[None]:
+    """Without the tests' own checks of types, which users do not have."""
+    jaxtyping.config.update("jaxtyping_disable", True)
+    yield
+    jaxtyping.config.update("jaxtyping_disable", False)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -286,10 +286,10 @@ def test_what_fused_cannot_express(tmp_path: Path, adapter: Adapter, message: st
     [
         ({}, "changes nothing"),
         ({Target(0, "norm", 0): (48, 64)}, "no site of the model"),
-        ({Target(2, "q_proj", 0): (48, 32)}, "layers with it are \\(0, 1\\)"),
-        ({Target(0, "down_proj", 6): (20, 48)}, "expert 6 of 6"),
-        ({Target(0, "q_proj", 0): (47, 32)}, r"A of shape \(2, 47\), expected \(2, 48\)"),
-        ({Target(0, "q_proj", 0): (48, 31)}, r"B of shape \(31, 2\), expected \(32, 2\)"),
+        ({Target(2, "q_proj", 0): (48, 32)}, "layers \\(0, 1\\) only"),
+        ({Target(0, "down_proj", 6): (20, 48)}, "has 6 experts"),
+        ({Target(0, "q_proj", 0): (47, 32)}, r"A has shape \(2, 47\) .*\[rank, 48\]"),
+        ({Target(0, "q_proj", 0): (48, 31)}, r"B \(31, 2\); .*\[32, rank\]"),
     ],
 )
 def test_refuses_what_the_reader_would(
@@ -314,7 +314,10 @@ def test_refuses_what_the_reader_would(
     [
         ({"a": np.full((4, 20), np.nan, np.float32)}, "not finite"),
         ({"a": np.ones((4, 20), np.int32)}, "dtype int32"),
-        ({"a": np.ones((0, 20), np.float32), "b": np.ones((48, 0), np.float32)}, "A of shape"),
+        (
+            {"a": np.ones((0, 20), np.float32), "b": np.ones((48, 0), np.float32)},
+            "rank of at least 1",
+        ),
         ({"scaling": float("inf")}, "scaling inf"),
     ],
 )

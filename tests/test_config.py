@@ -1,11 +1,10 @@
 """Descriptions that cannot be meant are refused where they are made, by name and value."""
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import jaxtyping
 import numpy as np
 import pytest
 
@@ -23,14 +22,6 @@ from tests.test_models import RAW
 
 COUNT = "must be a whole number of at least 1, not"
 SIZES = "must be a tuple of ascending positive sizes, not"
-
-
-@pytest.fixture
-def unchecked() -> Iterator[None]:
-    """Without the tests' own checks of types, which users do not have."""
-    jaxtyping.config.update("jaxtyping_disable", True)
-    yield
-    jaxtyping.config.update("jaxtyping_disable", False)
 
 
 @pytest.mark.usefixtures("unchecked")

@@ -6,7 +6,11 @@ from typing import NamedTuple
 
 import numpy as np
 
+from moelora_jax.config import LoraSite
 from moelora_jax.errors import AdapterError
+from moelora_jax.safetensors_file import FLOAT_DTYPES
+
+_DTYPES = frozenset(FLOAT_DTYPES.values())
 
 
 class Target(NamedTuple):
@@ -31,14 +35,19 @@ class LowRankUpdate:
     the same memory in each of them, and are stored once when packed.
 
     Attributes:
-        a: shrink factor ``[rank, in_features]``.
-        b: expand factor ``[out_features, rank]``.
+        a: shrink factor ``[rank, in_features]``; an array of JAX's is copied to the host.
+        b: expand factor ``[out_features, rank]``, likewise.
         scaling: alpha/rank, or alpha/√rank for rank-stabilised LoRA.
     """
 
-    a: np.ndarray
-    b: np.ndarray
+    a: np.ndarray = field(repr=False)
+    b: np.ndarray = field(repr=False)
     scaling: float
+
+    def __post_init__(self) -> None:
+        for name in ("a", "b"):
+            object.__setattr__(self, name, np.asarray(getattr(self, name)))
+        object.__setattr__(self, "scaling", float(self.scaling))
 
     @property
     def rank(self) -> int:
@@ -57,10 +66,12 @@ def factor_key(rows: np.ndarray) -> tuple[object, ...]:
 
 @dataclass(frozen=True, eq=False)
 class Adapter:
-    """A LoRA adapter, validated against a model's sites.
+    """A LoRA adapter in host memory, read from files or made of arrays.
+
+    What it changes is checked against a model when it is loaded.
 
     Attributes:
-        layout: the file layout that it was read from.
+        layout: the file layout that it was read from; any word for one that was made.
         updates: the changed matrices; a target that is missing is not changed.
         source: the folder it came from, for messages.
         base_weights: copies of the base model's matrices that PEFT saves beside the factors of
@@ -69,9 +80,48 @@ class Adapter:
     """
 
     layout: str
-    updates: Mapping[Target, LowRankUpdate]
-    source: str = field(default="memory")
-    base_weights: Mapping[str, np.ndarray] = field(default_factory=dict)
+    updates: Mapping[Target, LowRankUpdate] = field(repr=False)
+    source: str = "memory"
+    base_weights: Mapping[str, np.ndarray] = field(default_factory=dict, repr=False)
+
+    def __post_init__(self) -> None:
+        for target, update in self.updates.items():
+            if not (isinstance(target, Target) and isinstance(update, LowRankUpdate)):
+                raise AdapterError(
+                    f"adapter from {self.source}: an update is Target(layer, site, expert): "
+                    f"LowRankUpdate(a, b, scaling), not {target!r}: {type(update).__name__}"
+                )
+
+    def describe(self, target: Target) -> str:
+        """Where the update of a target comes from and belongs to, for messages."""
+        layer, site, expert = target
+        return f"adapter from {self.source}, layer {layer}, {site}, expert {expert}"
+
+    def check(self, target: Target, site: LoraSite) -> None:
+        """Refuse an update that does not fit its site.
+
+        Raises:
+            AdapterError: the site is not in that layer or has no such expert, or a factor has
+                another shape or no dtype of files.
+        """
+        where, update = self.describe(target), self.updates[target]
+        if target.layer not in site.layers:
+            raise AdapterError(f"{where}: the site exists in layers {site.layers} only")
+        if not 0 <= target.expert < site.table_experts:
+            raise AdapterError(f"{where}: the site has {site.table_experts} experts, from 0 on")
+        a, b = update.a.shape, update.b.shape
+        rank = a[0] if a else 0
+        if rank < 1 or a != (rank, site.in_features) or b != (site.out_features, rank):
+            raise AdapterError(
+                f"{where}: A has shape {a} and B {b}; [rank, {site.in_features}] and "
+                f"[{site.out_features}, rank] are needed, and a rank of at least 1"
+            )
+        for factor, array in (("A", update.a), ("B", update.b)):
+            if array.dtype not in _DTYPES:
+                raise AdapterError(
+                    f"{where}: {factor} has dtype {array.dtype}; supported are "
+                    f"{', '.join(sorted(map(str, _DTYPES)))}"
+                )
 
     @property
     def max_rank(self) -> int:

@@ -536,31 +536,19 @@ class PagePool:
 
     def _check_update(self, adapter: Adapter, target: Target, update: LowRankUpdate) -> LoraSite:
         """The site of an update that can be packed; raises as :meth:`pack` does for any other."""
-        where = _describe(adapter, target)
+        where = adapter.describe(target)
         site = self._site_of_name.get(target.site)
         if site is None:
             enabled = ", ".join(self._site_of_name)
             option = self._option_of_site.get(target.site)
             hint = f"add it to LoraConfig.{option}; " if option else ""
             raise AdapterError(f"{where}: the site has no pages; {hint}enabled sites: {enabled}")
-        if target.layer not in site.layers:
-            raise AdapterError(f"{where}: the site exists in layers {site.layers} only")
-        if not 0 <= target.expert < site.table_experts:
-            raise AdapterError(f"{where}: the site has {site.table_experts} experts")
-        rank = update.rank
-        if rank < 1:
-            raise AdapterError(f"{where}: the rank is 0")
-        for factor, array, shape in (
-            ("A", update.a, (rank, site.in_features)),
-            ("B", update.b, (site.out_features, rank)),
-        ):
-            if array.shape != shape:
-                raise AdapterError(f"{where}: {factor} has shape {array.shape}, not {shape}")
+        adapter.check(target, site)
         if not abs(update.scaling) <= float(np.finfo(np.float32).max):  # false for NaN, too
             raise AdapterError(f"{where}: scaling {update.scaling} is not finite in float32")
-        if rank > self.lora.max_rank:
+        if update.rank > self.lora.max_rank:
             raise CapacityError(
-                f"{where}: rank {rank} is above LoraConfig.max_rank {self.lora.max_rank}; "
+                f"{where}: rank {update.rank} is above LoraConfig.max_rank {self.lora.max_rank}; "
                 f"raise max_rank to at least {adapter.max_rank}"
             )
         return site
@@ -578,7 +566,7 @@ class PagePool:
                 # After the cast: what is finite in the file may overflow in the pool's dtype.
                 if not np.isfinite(rows).all():
                     raise AdapterError(
-                        f"{_describe(adapter, factor.target)}: {'AB'[factor.side]} has numbers "
+                        f"{adapter.describe(factor.target)}: {'AB'[factor.side]} has numbers "
                         f"that are not finite in {self.dtype}"
                     )
                 start = factor.first_page * PAGE_ROWS
@@ -655,11 +643,6 @@ def _empty_table(
         pages=np.full((layers, 2, *adapters, max_pages, experts), -1, np.int32),
         scaling=np.zeros((layers, *adapters, experts), np.float32),
     )
-
-
-def _describe(adapter: Adapter, target: Target) -> str:
-    layer, site, expert = target
-    return f"adapter from {adapter.source}, layer {layer}, {site}, expert {expert}"
 
 
 @partial(jax.jit, donate_argnames="pool")

@@ -20,7 +20,6 @@ from moelora_jax.adapters.module_names import QWEN3_MOE_NAMES, ModuleNames
 from moelora_jax.config import LoraSite
 from moelora_jax.errors import AdapterError, LayoutError
 from moelora_jax.files import new_folder
-from moelora_jax.safetensors_file import FLOAT_DTYPES
 
 __all__ = ["Layout", "save_adapter"]
 
@@ -141,21 +140,8 @@ def _check(adapter: Adapter, sites: Sequence[LoraSite]) -> None:
         site = site_of_name.get(target.site)
         if site is None:
             _fail(target, f"is of no site of the model; its sites are {', '.join(site_of_name)}")
-        if target.layer not in site.layers:
-            _fail(
-                target, f"is of a layer without {site.name}; the layers with it are {site.layers}"
-            )
-        if not 0 <= target.expert < site.table_experts:
-            _fail(target, f"is of expert {target.expert} of {site.table_experts}, counted from 0")
-        rank = update.rank
-        for factor, array, shape in (
-            ("A", update.a, (max(rank, 1), site.in_features)),
-            ("B", update.b, (site.out_features, rank)),
-        ):
-            if array.shape != shape:
-                _fail(target, f"has {factor} of shape {array.shape}, expected {shape}")
-            if array.dtype not in FLOAT_DTYPES.values():
-                _fail(target, f"has {factor} of dtype {array.dtype}, which files cannot hold")
+        adapter.check(target, site)
+        for factor, array in (("A", update.a), ("B", update.b)):
             if not np.isfinite(array).all():
                 _fail(target, f"has numbers in {factor} that are not finite")
         if not np.isfinite(update.scaling):
