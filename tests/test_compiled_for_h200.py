@@ -74,7 +74,9 @@ def test_the_layers_of_a_decode_step_are_one_command_buffer(programs: dict[str, 
         assert program["body"] == ["CommandBuffer"]
 
 
-@pytest.mark.parametrize("name", ["decode lora", "decode base", "prefill lora"])
+@pytest.mark.parametrize(
+    "name", ["decode lora", "decode base", "prefill lora", "long prefill lora"]
+)
 def test_a_layer_copies_no_weights_and_has_few_launches(
     programs: dict[str, Any], name: str
 ) -> None:
@@ -82,17 +84,10 @@ def test_a_layer_copies_no_weights_and_has_few_launches(
     launches = programs[name]["in_body"]
     assert "Copy" not in launches
     assert "DynamicSliceFusion" not in launches
-    # The last one counts the layers; a prompt's experts are four launches, and its shrinks two.
-    assert len(launches) <= (11 if name.startswith("decode") else 16)
-
-
-def test_a_layer_of_a_long_prompt_copies_no_weights_but_the_router(
-    programs: dict[str, Any],
-) -> None:
-    """XLA multiplies with the router's few rows, and copies them out of the stack."""
-    launches = programs["long prefill lora"]["in_body"]
-    assert launches.count("Copy") + launches.count("DynamicSliceFusion") <= 2
-    assert len(launches) <= 23
+    # The last one counts the layers; a prompt's experts are four launches, and its shrinks two. A
+    # long one's sort is three, and its rows are copied.
+    most = {"decode": 11, "prefill": 16, "long": 20}
+    assert len(launches) <= most[name.split()[0]]
 
 
 PREFILLS = ["prefill lora", "long prefill lora", "prefill everywhere", "prefill deepseek"]

@@ -17,11 +17,11 @@ SHAPES = {
     "one token": Shape(1, 1, 1, 48, 20, 3, 1),
     "two pages": Shape(33, 1, 1, 20, 48, 10, 2),
     "many adapters": Shape(128, 1, 1, 320, 192, 64, 4),
-    # In bfloat16; float32, and maps of few columns, are XLA's.
+    # In bfloat16; float32, and maps of few columns, are of the launch for few rows.
     "two launches": Shape(300, 1, 1, 320, 320, 5, 1),
     "columns in parts": Shape(200, 1, 1, 1024, 264, 5, 1),
     "many tiles": Shape(1100, 1, 1, 136, 272, 64, 2),
-    "products of XLA": Shape(1100, 1, 1, 136, 72, 5, 2),
+    "few columns": Shape(1100, 1, 1, 136, 72, 5, 2),
 }
 IMPLEMENTATIONS = ["reference", pytest.param("triton", marks=pytest.mark.gpu)]
 #: Sums of up to 1024 products, rounded once; bfloat16 also rounds the rank activations.

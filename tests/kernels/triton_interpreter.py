@@ -364,13 +364,15 @@ def check_linear(
     num_maps: int,
     tiles: LinearTiles,
     shrink_tiles: LinearShrinkTiles | None = None,
+    *,
+    many_rows: bool = False,
 ) -> None:
     """Maps of one input, of which the second has a bias and the third no pages.
 
-    With tiles of a shrink these are the launches for many rows.
+    Of many rows, with tiles of a shrink, weights are loaded by descriptors; otherwise by pointers.
     """
-    linear_api.MAX_ROWS = 128 if shrink_tiles is None else 0
-    linear_api.suits_triton = lambda *_: True
+    linear_api.MAX_ROWS = 0 if many_rows else 128
+    linear_api.suits_descriptors = lambda *_: shrink_tiles is not None
     linear_api.linear_tiles = lambda *_: tiles
     triton_many_rows.linear_shrink_tiles = lambda *_: shrink_tiles
     case = LayerCase(LayerSpec(shape, dtype=dtype, num_tokens=max(shape.tokens - 1, 1), seed=4))  # type: ignore[arg-type]
@@ -521,10 +523,13 @@ def main() -> None:
         for number, (linear_tiles, num_maps) in enumerate(
             zip(MANY_ROWS_TILES, (1, 3), strict=True)
         ):
-            check_linear(shape, "float32", num_maps, linear_tiles, LINEAR_SHRINK_TILES[number])
+            linear_shrink = LINEAR_SHRINK_TILES[number]
+            check_linear(shape, "float32", num_maps, linear_tiles, linear_shrink, many_rows=True)
+            check_linear(shape, "float32", num_maps, linear_tiles, many_rows=True)
         check_linear(shape, "float16", 2, LINEAR_TILES[0])
     # Whose rows are whole 16 bytes.
-    check_linear(DENSE_SHAPES[0], "float16", 2, MANY_ROWS_TILES[0], LINEAR_SHRINK_TILES[0])
+    shape, linear_shrink = DENSE_SHAPES[0], LINEAR_SHRINK_TILES[0]
+    check_linear(shape, "float16", 2, MANY_ROWS_TILES[0], linear_shrink, many_rows=True)
     # One page, and more pages than are added at once.
     for pages, dtype in ((6, "float32"), (1, "float16")):
         check_linear(Shape(1, 1, 1, 20, 48, 3, pages), dtype, 3, ROW_TILES)

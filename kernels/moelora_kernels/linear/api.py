@@ -1,5 +1,6 @@
 """Linear maps whose weights are stacked over layers, with LoRA."""
 
+import itertools
 from collections.abc import Sequence
 from typing import Any
 
@@ -15,7 +16,7 @@ from moelora_kernels.types import Buffer, LinearMap, TokenSort
 
 #: Rows up to which reading the weights takes most of the time, so that one launch is best.
 MAX_ROWS = 128
-#: Columns from which on products of more rows are not XLA's, which splits sums where there are few.
+#: Columns from which on each sum of more rows is one program's; with fewer, programs share sums.
 MIN_OUTPUTS = 512
 
 
@@ -33,7 +34,9 @@ def linear_lora(
     """Linear maps of one input, each token with its adapter: ``W · x + bias + s · B · (A · x)``.
 
     In Triton up to ``MAX_ROWS`` tokens are one launch for all maps, which reads the weights where
-    they are in the stack. So does that of more, behind another for the shrink.
+    they are in the stack. So does that of more, behind another for the shrink. What this one is not
+    for has the launch of the base model, behind which :func:`moelora_kernels.dense_lora` adds what
+    adapters do. XLA's product would not do: it may choose another algorithm for each program.
 
     Args:
         x: in the compute dtype.
@@ -51,17 +54,24 @@ def linear_lora(
         with a sort and without.
     """
     dtype = jnp.dtype(dtype or x.dtype)
-    if choose(implementation) == "triton" and suits_triton(x, maps):
+    outputs = [m.weight.shape[1] for m in maps]
+    if choose(implementation) == "triton":
         from moelora_kernels.linear import triton, triton_many_rows
 
-        tiles = linear_tiles(len(x), [m.weight.shape[1] for m in maps], x.dtype)
+        tiles = linear_tiles(len(x), outputs, x.dtype)
         if len(x) <= MAX_ROWS:
             return triton.linear_lora(x, maps, layer, sort, signals, dtype, tiles)
-        return triton_many_rows.linear_lora(x, maps, layer, sort, dtype, tiles)
-    products = [
-        linear(x, weight[layer], None if bias is None else bias[layer], dtype=dtype)
-        for weight, bias, _ in maps
-    ]
+        if suits_descriptors(x, outputs):
+            return triton_many_rows.linear_lora(x, maps, layer, sort, dtype, tiles)
+        y = triton.linear_lora(x, maps, layer, None, signals, dtype, tiles)
+        if sort is None or all(m.pages is None for m in maps):
+            return y
+        products = jnp.split(y, list(itertools.accumulate(outputs))[:-1], axis=1)
+    else:
+        products = [
+            linear(x, weight[layer], None if bias is None else bias[layer], dtype=dtype)
+            for weight, bias, _ in maps
+        ]
     if sort is not None:
         options: Any = {"tile_rows": tile_rows, "implementation": implementation}
         products = [
@@ -71,13 +81,11 @@ def linear_lora(
     return products[0] if len(products) == 1 else jnp.concatenate(products, axis=1)
 
 
-def suits_triton(x: Array, maps: Sequence[LinearMap]) -> bool:
-    """Whether Triton's kernels are for such maps; of many rows not all are faster there."""
-    if len(x) <= MAX_ROWS:
-        return True
+def suits_descriptors(x: Array, outputs: Sequence[int]) -> bool:
+    """Whether the launches for many rows are for such maps."""
     # The tensor memory accelerator wants rows of whole 16 bytes.
     can_load = loads_blocks() and x.dtype.itemsize == 2 and x.shape[1] % 8 == 0
-    return can_load and sum(m.weight.shape[1] for m in maps) >= MIN_OUTPUTS
+    return can_load and sum(outputs) >= MIN_OUTPUTS
 
 
 def linear(

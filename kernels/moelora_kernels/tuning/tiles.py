@@ -262,13 +262,15 @@ def linear_tiles(tokens: int, outputs: Sequence[int], dtype: DTypeLike) -> Linea
         return max(1, programs // (blocks(block_n) * -(-tokens // block_m)))
 
     if jnp.dtype(dtype) == jnp.float32:
+        if tokens > 128:
+            return LinearTiles(64, 64, 16, num_warps=4, num_stages=2)
         block_m = 1 if tokens == 1 else 16 if tokens <= 16 else 32
         return LinearTiles(block_m, 32, 32, num_warps=4, num_stages=2)
     if tokens == 1:
         if blocks(8) < PROCESSORS:
             return LinearTiles(1, 1, 2048, num_warps=4, num_stages=1)
         return LinearTiles(1, 8, 512, num_warps=4, num_stages=5)
-    if blocks(16) < 64:
+    if blocks(16) < 64 and tokens <= 128:
         # Little to read, so that one step each is soonest done.
         block_m = 16 if tokens <= 16 else 32
         return LinearTiles(block_m, 16, 256, num_warps=4, num_stages=2, parts=8)
@@ -282,6 +284,9 @@ def linear_tiles(tokens: int, outputs: Sequence[int], dtype: DTypeLike) -> Linea
         return LinearTiles(64, 64, 64, 4, 6, parts(64, 64, 170))
     if tokens <= 128:
         return LinearTiles(64, 64, 64, 4, 5, parts(64, 64, 264))
+    if blocks(64) < 8:
+        # One wave, and sums of few parts to add up.
+        return LinearTiles(32, 64, 128, 4, 4, parts(32, 64, PROCESSORS))
     large, small = blocks(256) * -(-tokens // 128), blocks(128) * -(-tokens // 128)
     # Rounds of tiles shall leave few processors idle in the last one.
     if large > 0.9 * -(-large // PROCESSORS) * PROCESSORS:
