@@ -261,6 +261,29 @@ def test_an_adapter_is_written_in_pieces_while_others_decode(
     assert [one.generated, two.generated] == expected
 
 
+def test_tokens_do_not_wait_until_adapters_are_written(
+    llm: LLM, engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A piece is written while the device runs a step, before the host waits for the tokens."""
+    calls = []
+
+    def record(owner: Any, name: str) -> None:
+        real = getattr(owner, name)
+        monkeypatch.setattr(owner, name, lambda *args: (calls.append(name), real(*args))[1])
+
+    llm.runner.registry.acquire(["a3", "a4", "a5", "a6"])
+    engine.add(sequence([5, 6], None, 10))
+    engine.step()
+    record(llm.runner, "run")
+    record(llm.runner.registry, "continue_write")
+    record(engine, "_take")
+    engine.add(sequence([5, 6], "a1", 2))
+    engine.step()
+    assert calls == ["run", "continue_write", "_take"]
+    while not engine.is_idle:
+        engine.step()
+
+
 def test_a_hot_adapter_does_not_keep_others_off_the_device(llm: LLM, engine: Engine) -> None:
     """Four adapters with endless traffic have all the slots; a fifth one gets its turn."""
     running: list[Sequence] = []

@@ -123,13 +123,14 @@ class Engine:
     def _step(self) -> list[Output]:
         plan = self.scheduler.plan(self._clock())
         before, self._running = self._running, None if plan is None else self._enqueue(plan)
+        is_idle = plan is None and before is None
+        # While the device is at work, not between its tokens and those who wait for them.
+        wrote = self.residency.advance(self.scheduler.wanted, is_idle=is_idle)
+        self.made_progress = wrote or not is_idle
         outputs = [] if before is None else self._take(before)
         if not self._ahead and self._running is not None:
             before, self._running = self._running, None
             outputs += self._take(before)
-        is_idle = plan is None and before is None
-        wrote = self.residency.advance(self.scheduler.wanted, is_idle=is_idle)
-        self.made_progress = wrote or not is_idle
         return outputs
 
     def _enqueue(self, plan: Plan) -> _Step:

@@ -98,7 +98,7 @@ class Runner:
             logits.
         """
         pages = self.pool.device_pages() if key.lora else None
-        # The program copies the vector to the device; jax.device_put takes several times as long.
+        # As it is: jax.device_put before it would take about as long again.
         self.state, out = self.programs[key](self.state, self._params, pages, packed)
         if isinstance(out, Sampled):
             # Now, or the copy would queue behind the next step. It is the one read that is planned.
