@@ -10,7 +10,9 @@ from jax.typing import DTypeLike
 from jaxtyping import Float, Int32
 
 from moelora_jax.config import MoeConfig
+from moelora_jax.errors import MoeLoraError
 from moelora_kernels import (
+    PAGE_ROWS,
     RANK_PADDING,
     SIGNALS,
     Buffer,
@@ -187,6 +189,10 @@ def moe_lora(
 ) -> Buffer:
     """Route tokens to experts and sum the experts' outputs, each token with its own adapter.
 
+    It runs alone or within ``jax.jit`` and ``jax.lax.scan``. It is for inference: the kernels have
+    no gradients, and a batch of batches is one batch of more tokens, not a ``jax.vmap``. Numbers
+    are not checked: a layer or adapter slot that does not exist gives numbers without meaning.
+
     Args:
         x: hidden states in the compute dtype, after the norm.
         params: stacked weights.
@@ -194,7 +200,8 @@ def moe_lora(
         config: the layer's description.
         num_tokens: tokens that are real; None means all. Others cost nothing and give zeros.
         adapter_of_token: adapter slot of each token, -1 for the base model. Only with ``pages``.
-        pages: resident adapters; None runs the base model.
+        pages: resident adapters, as :meth:`PagePool.device_state
+            <moelora_jax.adapters.pages.PagePool.device_state>` has them; None runs the base model.
         workspace: references that intermediates are written to; None allocates them.
         out: reference ``[>= tokens, hidden]`` that the output is written to.
         implementation: of all kernels; None chooses by the default device.
@@ -202,7 +209,13 @@ def moe_lora(
 
     Returns:
         The layer's output in the dtype of ``x``, without the residual.
+
+    Raises:
+        MoeLoraError: an array has another shape or dtype than ``config`` and ``x`` ask for, or the
+            call is differentiated or vmapped.
     """
+    _check(x, params, config, adapter_of_token, pages)
+    x, params, pages = _forward_only((x, params, pages))
     _, experts, weights = moe_router(x, params, layer, config, implementation=implementation)
     return moe_experts(
         x,
@@ -238,8 +251,7 @@ def moe_experts(
     tiles: MoeTiles | None = None,
 ) -> Buffer:
     """The second half of :func:`moe_lora`: ``experts`` and their float32 ``weights`` are given."""
-    if (adapter_of_token is None) != (pages is None):
-        raise ValueError("adapter_of_token and pages must be given together")
+    _check(x, params, config, adapter_of_token, pages)
     tokens, top_k = experts.shape
     pairs = tokens * top_k
     if num_tokens is None:
@@ -338,6 +350,70 @@ def moe_experts(
         dtype=x.dtype,
         out=out,
         implementation=implementation,
+    )
+
+
+def _check(
+    x: Array,
+    params: MoeParams,
+    config: MoeConfig,
+    adapter_of_token: Array | None,
+    pages: ExpertPages | None,
+) -> None:
+    """Refuse shapes and dtypes that contradict each other: kernels would read what is elsewhere."""
+    if (adapter_of_token is None) != (pages is None):
+        raise MoeLoraError("adapter_of_token and pages must be given together")
+    experts, hidden, inner = config.num_experts, config.hidden_size, config.intermediate_size
+    if x.ndim != 2 or x.shape[0] < 1:
+        raise MoeLoraError(f"x must be [tokens, hidden] of some tokens, not {list(x.shape)}")
+    layers = params.gate_up.shape[0]
+    expected: list[tuple[str, Array, tuple[int, ...], DTypeLike]] = [
+        ("x", x, (x.shape[0], hidden), x.dtype),
+        ("params.router", params.router, (layers, experts, hidden), x.dtype),
+        ("params.gate_up", params.gate_up, (layers, experts, 2, inner, hidden), x.dtype),
+        ("params.down", params.down, (layers, experts, hidden, inner), x.dtype),
+    ]
+    if adapter_of_token is not None and pages is not None:
+        expected.append(("adapter_of_token", adapter_of_token, (x.shape[0],), jnp.int32))
+        widths = {"gate": (hidden, inner), "up": (hidden, inner), "down": (inner, hidden)}
+        for name, site in zip(widths, pages, strict=True):
+            for side, pool, width in zip(("a", "b"), site[:2], widths[name], strict=True):
+                page = (pool.shape[0], PAGE_ROWS, width)
+                expected.append((f"pages.{name}.{side}_pool", pool, page, x.dtype))
+            table = (*site.table.shape[:4], experts)
+            expected.append((f"pages.{name}.table", site.table, table, jnp.int32))
+    for name, array, shape, dtype in expected:
+        if array.shape != shape or array.dtype != dtype:
+            raise MoeLoraError(
+                f"{name} is {array.dtype}{list(array.shape)}; with this config and x it must be "
+                f"{jnp.dtype(dtype)}{list(shape)}"
+            )
+
+
+@jax.custom_batching.custom_vmap
+def _one_batch(arrays: Any) -> Any:
+    return arrays
+
+
+@_one_batch.def_vmap
+def _no_vmap(*_: Any) -> Any:
+    raise MoeLoraError(
+        "moe_lora cannot be vmapped: its tokens are one batch already. Reshape x to "
+        "[tokens, hidden], and give each token its adapter"
+    )
+
+
+@jax.custom_jvp
+def _forward_only[Arrays](arrays: Arrays) -> Arrays:
+    """The same arrays, to be differentiated or vmapped by nobody: JAX's errors name no layer."""
+    return _one_batch(arrays)
+
+
+@_forward_only.defjvp
+def _no_gradients(*_: Any) -> Any:
+    raise MoeLoraError(
+        "moe_lora has no gradients: it is for inference. Train adapters elsewhere, and load them "
+        "from their files or arrays"
     )
 
 

@@ -1,5 +1,8 @@
 """The whole layer, as moelora_jax builds it from the kernels, against NumPy float64."""
 
+from dataclasses import replace
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moelora_jax.config import MoeConfig
+from moelora_jax.errors import MoeLoraError
 from moelora_jax.moe import (
     MoeLoraLayer,
     MoeParams,
@@ -217,10 +221,61 @@ def test_adapters_and_pages_come_together() -> None:
         config_of(case),
     )
     message = "adapter_of_token and pages must be given together"
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(MoeLoraError, match=message):
         moe_experts(*arguments, adapter_of_token=jnp.asarray(case.adapter_of_token))
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(MoeLoraError, match=message):
         moe_experts(*arguments, pages=case.pages())
+
+
+@pytest.mark.usefixtures("unchecked")
+@pytest.mark.parametrize(
+    ("name", "change"),
+    {
+        "x": lambda a: {"x": a["x"][:, 1:]},
+        r"x must be \[tokens, hidden\]": lambda a: {"x": a["x"][None]},
+        r"x must be \[tokens, hidden\] of some": lambda a: {"x": a["x"][:0]},
+        "params.router": lambda a: {"params": a["params"]._replace(router=a["params"].down)},
+        "params.gate_up": lambda a: {"config": replace(a["config"], intermediate_size=1)},
+        "params.down": lambda a: {"params": a["params"]._replace(down=a["params"].down[:1])},
+        "params.router is bfloat16": lambda a: {
+            "params": jax.tree.map(lambda p: p.astype("bfloat16"), a["params"])
+        },
+        "adapter_of_token": lambda a: {"adapter_of_token": a["adapter_of_token"][1:]},
+        "adapter_of_token is float32": lambda a: {
+            "adapter_of_token": a["adapter_of_token"].astype("float32")
+        },
+        "pages.gate.a_pool": lambda a: {"pages": a["pages"]._replace(gate=a["pages"].down)},
+        "pages.down.table": lambda a: {
+            "pages": a["pages"]._replace(
+                down=a["pages"].down._replace(table=a["pages"].down.table[..., 1:])
+            )
+        },
+    }.items(),
+)
+def test_arguments_that_contradict_each_other_are_named(name: str, change: Any) -> None:
+    case = LayerCase(LayerSpec(WIDE))
+    arguments: dict[str, Any] = {
+        "x": case.cast(case.x),
+        "params": params_of(case),
+        "layer": case.layer,
+        "config": config_of(case),
+        "adapter_of_token": jnp.asarray(case.adapter_of_token),
+        "pages": case.pages(),
+    }
+    with pytest.raises(MoeLoraError, match=f"^{name}"):
+        moe_lora(**arguments | change(arguments))
+
+
+def test_gradients_and_vmap_are_refused() -> None:
+    module = MoeLoraLayer(MoeConfig(4, 2, 16, 16), rngs=nnx.Rngs(0))
+    x = jnp.ones((3, 16))
+    for differentiate in (jax.grad, jax.value_and_grad, jax.jacfwd):
+        with pytest.raises(MoeLoraError, match="has no gradients"):
+            differentiate(lambda x: module(x).sum())(x)
+    with pytest.raises(MoeLoraError, match="has no gradients"):
+        nnx.grad(lambda module: module(x).sum())(module)
+    with pytest.raises(MoeLoraError, match="cannot be vmapped"):
+        jax.vmap(module)(x[None])
 
 
 def test_a_workspace_that_is_too_small_raises() -> None:
