@@ -93,7 +93,7 @@ def snapshot(pool: PagePool) -> list[object]:
         [array.unsafe_buffer_pointer() for array in arrays],
         [on_host(array).tobytes() for array in arrays],
         [array.tobytes() for array in jax.tree.leaves(pool.tables)],
-        [pool.free_pages(width) for width in pool.pools],
+        pool.usage(),
         pool.free_slots(),
     ]
 
@@ -129,18 +129,11 @@ def check_contents(pool: PagePool, adapters: dict[int, Adapter]) -> None:
         # Shared factors are stored once, and factors that are only equal in number are not shared.
         expected = expected_pages(adapter)
         assert {width: len(rows) for width, rows in rows_of_slot.items()} == expected
-        page_bytes = {usage.width: usage.page_bytes for usage in pool.usage()}
-        assert pool.slot_bytes(slot) == sum(
-            expected[width] * page_bytes[width] for width in expected
-        )
         for width, rows in rows_of_slot.items():
             rows_of_width[width] += rows
     for usage in pool.usage():
         rows = rows_of_width[usage.width]
         assert len(rows) == len(set(rows)) == usage.used_pages  # no page belongs to two slots
-        assert usage.free_pages == pool.free_pages(usage.width)
-        assert usage.used_pages + usage.free_pages == usage.total_pages
-        assert usage.used_bytes + usage.free_bytes == usage.total_bytes
         assert usage.total_bytes == pool.pools[usage.width].nbytes
     assert pool.free_slots() == [s for s in range(pool.lora.max_adapters) if s not in adapters]
 
@@ -208,14 +201,13 @@ def test_pools_hold_adapters_of_the_configured_ranks() -> None:
 def test_bytes_are_those_of_the_device_arrays() -> None:
     pool = PagePool(SITES, LORA, jnp.bfloat16)
     arrays = {id(array): array for array in jax.tree.leaves(pool.device_state())}
-    assert pool.total_bytes == sum(array.nbytes for array in arrays.values())
+    total = pool.table_bytes + sum(usage.total_bytes for usage in pool.usage())
+    assert total == sum(array.nbytes for array in arrays.values())
     packed = pool.pack(random_adapter(0))
     assert packed.pages_by_width == expected_pages(random_adapter(0))
     assert packed.page_bytes == sum(array.nbytes for array in packed.pages.values())
     tables = jax.tree.leaves((packed.tables, packed.ranks, packed.scalings))
     assert packed.num_bytes == packed.page_bytes + sum(array.nbytes for array in tables)
-    pool.write(1, packed)
-    assert pool.slot_bytes(1) == packed.page_bytes and pool.slot_bytes(0) == 0
 
 
 def test_only_enabled_sites_have_pools() -> None:
@@ -334,7 +326,7 @@ def test_a_slot_may_be_replaced_where_its_own_pages_are_needed() -> None:
     }
     largest = Adapter("test", updates)
     pool.write(1, pool.pack(largest))
-    assert all(pool.free_pages(width) == 0 for width in pool.pools)
+    assert all(usage.used_pages == usage.total_pages for usage in pool.usage())
     with pytest.raises(CapacityError, match="63 pages of width 24 are needed, 0 of 63 are free"):
         pool.write(0, pool.pack(largest))
     pool.write(1, pool.pack(largest))

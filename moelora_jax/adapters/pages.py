@@ -117,24 +117,9 @@ class PoolUsage(NamedTuple):
     used_pages: int
 
     @property
-    def free_pages(self) -> int:
-        """Pages that belong to no slot."""
-        return self.total_pages - self.used_pages
-
-    @property
     def total_bytes(self) -> int:
         """Bytes of all pages."""
         return self.total_pages * self.page_bytes
-
-    @property
-    def used_bytes(self) -> int:
-        """Bytes of the pages that belong to a slot."""
-        return self.used_pages * self.page_bytes
-
-    @property
-    def free_bytes(self) -> int:
-        """Bytes of the pages that belong to no slot."""
-        return self.free_pages * self.page_bytes
 
 
 class PageAllocator:
@@ -495,10 +480,6 @@ class PagePool:
         """Slots that hold no adapter, ascending."""
         return [slot for slot in range(self.lora.max_adapters) if slot not in self._rows_of_slot]
 
-    def free_pages(self, width: int) -> int:
-        """Pages of the pool of ``width`` that belong to no slot."""
-        return self._allocators[width].num_free
-
     def usage(self) -> tuple[PoolUsage, ...]:
         """How full each pool is, in order of the sites."""
         return tuple(
@@ -511,21 +492,10 @@ class PagePool:
             for width, allocator in self._allocators.items()
         )
 
-    def slot_bytes(self, slot: int) -> int:
-        """Bytes of the pages that belong to a slot."""
-        self._check_slot(slot)
-        rows_of_width = self._rows_of_slot.get(slot, {})
-        return sum(len(rows) * self._page_bytes(width) for width, rows in rows_of_width.items())
-
     @property
     def table_bytes(self) -> int:
         """Bytes of all page tables and scalings on the device, the same for any set of adapters."""
         return sum(array.nbytes for array in jax.tree.leaves(self.tables))
-
-    @property
-    def total_bytes(self) -> int:
-        """Bytes of everything on the device: pools, page tables and scalings."""
-        return self.table_bytes + sum(pool.total_bytes for pool in self.usage())
 
     def _page_bytes(self, width: int) -> int:
         return PAGE_ROWS * width * self.dtype.itemsize

@@ -48,14 +48,12 @@ class Counters:
         device_bytes: bytes of the pages written to the device.
         device_evictions: adapters moved off the device to make room, or because a new version of
             them did not fit there.
-        host_evictions: adapters forgotten to make room in host memory.
     """
 
     loads: int = 0
     device_writes: int = 0
     device_bytes: int = 0
     device_evictions: int = 0
-    host_evictions: int = 0
 
 
 @dataclass(eq=False)
@@ -105,21 +103,12 @@ class AdapterRegistry:
 
     Attributes:
         pool: the device memory; nothing else may write to it.
-        host_limit: most bytes of packed adapters in host memory, or None.
         counters: what was done so far.
     """
 
-    def __init__(self, pool: PagePool, host_bytes: int | None = None) -> None:
-        """An empty registry.
-
-        Args:
-            pool: an empty pool.
-            host_bytes: most bytes of packed adapters in host memory, resident ones included; None
-                for no limit. To stay within it, adapters that are not resident are forgotten, the
-                least recently used first.
-        """
+    def __init__(self, pool: PagePool) -> None:
+        """An empty registry over an empty pool."""
         self.pool = pool
-        self.host_limit = host_bytes
         self.counters = Counters()
         self._entries: dict[str, AdapterVersion] = {}  # least recently used first
         self._numbers = itertools.count(1)
@@ -151,11 +140,6 @@ class AdapterRegistry:
             host_bytes=entry.packed.num_bytes,
         )
 
-    @property
-    def host_bytes(self) -> int:
-        """Bytes of all packed adapters in host memory."""
-        return sum(entry.packed.num_bytes for entry in self._entries.values())
-
     def load(self, name: str, adapter: Adapter, *, pin: bool = False) -> None:
         """Loads an adapter under a name, in place of the one that has the name, if any.
 
@@ -170,8 +154,8 @@ class AdapterRegistry:
         Raises:
             RequestError: the name is not a valid one.
             AdapterError: the adapter is not valid for the pool; see :meth:`PagePool.pack`.
-            CapacityError: its rank is too high, it does not fit in host memory, or it is to be
-                pinned and does not fit on the device beside the other pinned adapters.
+            CapacityError: its rank is too high, or it is to be pinned and does not fit on the
+                device beside the other pinned adapters.
         """
         _check_name(name)
         self.finish_write()
@@ -186,11 +170,9 @@ class AdapterRegistry:
                 raise
             evicted = [] if old is None or old.slot is None or old.users else [name]
             fits = False
-        forgotten = self._plan_forgetting(name, packed, evicted)
 
         for other in evicted:
             self._evict(other)
-        self._forget(forgotten)
         if old is not None and not old.users:
             version.slot = old.slot
         self._entries.pop(name, None)
@@ -222,18 +204,16 @@ class AdapterRegistry:
 
         Raises:
             RequestError: the name is not a valid one.
-            CapacityError: it does not fit in host memory, or it is to be pinned and does not fit
-                on the device beside the other pinned adapters, even once no other is held.
+            CapacityError: it is to be pinned and does not fit on the device beside the other
+                pinned adapters, even once no other is held.
         """
         _check_name(name)
         old = self._entries.get(name)
         version = self._version(name, packed, pin)
         if version.pinned:
             self._check_pinned(name, packed)
-        forgotten = self._plan_forgetting(name, packed, [])
         if old is not None:
             self._retire(old)
-        self._forget(forgotten)
         self._entries.pop(name, None)
         self._entries[name] = version
         self.counters.loads += 1
@@ -362,32 +342,6 @@ class AdapterRegistry:
         slots = self.resident()
         return [-1 if name is None else slots[name] for name in batch]
 
-    def summary(self) -> str:
-        """A table of where all bytes are, for people to read."""
-        first = max(len("pages of width"), *(len(name) for name in self._entries), 0)
-        lines = [f"{'adapter':<{first}} slot pinned rank {'device bytes':>16} {'host bytes':>16}"]
-        for info in map(self.info, self._entries):
-            pinned = "yes" if info.pinned else "no"
-            slot, device_bytes = ("-", 0) if info.slot is None else (info.slot, info.device_bytes)
-            lines.append(
-                f"{info.name:<{first}} {slot:>4} {pinned:>6} {info.rank:>4} "
-                f"{device_bytes:>16,} {info.host_bytes:>16,}"
-            )
-        lines += ["", f"{'pages of width':<{first}} {'total bytes':>16} {'used':>16} {'free':>16}"]
-        for pool in self.pool.usage():
-            lines.append(
-                f"{pool.width:<{first}} {pool.total_bytes:>16,} {pool.used_bytes:>16,} "
-                f"{pool.free_bytes:>16,}"
-            )
-        limit = "no limit" if self.host_limit is None else f"limit {self.host_limit:,}"
-        total, tables = self.pool.total_bytes, self.pool.table_bytes
-        lines += [
-            "",
-            f"device: {total:,} bytes, {tables:,} of them page tables",
-            f"host: {self.host_bytes:,} bytes, {limit}",
-        ]
-        return "\n".join(lines)
-
     def _entry(self, name: str) -> AdapterVersion:
         if name not in self._entries:
             loaded = ", ".join(sorted(self._entries)) or "none"
@@ -414,12 +368,6 @@ class AdapterRegistry:
         version.slot = None
         if version in self._replaced:
             self._replaced.remove(version)
-
-    def _forget(self, names: Collection[str]) -> None:
-        """Removes adapters that are not resident from host memory."""
-        for name in names:
-            self._retire(self._entries.pop(name))
-        self.counters.host_evictions += len(names)
 
     def _check_pinned(self, name: str, packed: PackedAdapter) -> None:
         """Raises CapacityError if an adapter never fits beside the other pinned ones."""
@@ -471,39 +419,6 @@ class AdapterRegistry:
             evicted.append(candidates[len(evicted)])
             freed.append(slots[evicted[-1]])
         return evicted
-
-    def _plan_forgetting(
-        self, name: str, packed: PackedAdapter, evicted: Collection[str]
-    ) -> list[str]:
-        """Which adapters must leave host memory for ``name`` to be kept; forgets none yet.
-
-        Args:
-            name: the adapter that is being loaded.
-            packed: what will be kept under that name, in place of what is kept now.
-            evicted: adapters that are resident now, and will not be.
-
-        Raises:
-            CapacityError: forgetting everything that is not resident is not enough.
-        """
-        if self.host_limit is None:
-            return []
-        others = {other: entry for other, entry in self._entries.items() if other != name}
-        excess = packed.num_bytes - self.host_limit
-        excess += sum(entry.packed.num_bytes for entry in others.values())
-        forgotten = []
-        for other, entry in others.items():
-            if excess <= 0:
-                break
-            if entry.slot is None or other in evicted:
-                forgotten.append(other)
-                excess -= entry.packed.num_bytes
-        if excess > 0:
-            raise CapacityError(
-                f"adapter {name!r} takes {packed.num_bytes:,} bytes of host memory, {excess:,} "
-                f"more than the limit of {self.host_limit:,} leaves beside the resident adapters; "
-                "unload adapters or raise the limit"
-            )
-        return forgotten
 
     def _evict(self, name: str) -> None:
         entry = self._entries[name]
