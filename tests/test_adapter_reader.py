@@ -19,7 +19,8 @@ from hypothesis import strategies as st
 from safetensors.numpy import load_file, save
 
 from moelora_jax.adapters.adapter import Adapter, Target
-from moelora_jax.adapters.reader import QWEN3_MOE_NAMES, read_adapter
+from moelora_jax.adapters.module_names import QWEN3_MOE_NAMES
+from moelora_jax.adapters.reader import read_adapter
 from moelora_jax.config import ModelConfig
 from moelora_jax.errors import AdapterError, CheckpointError
 from moelora_jax.safetensors_file import SafetensorsFile

@@ -53,12 +53,10 @@ from moelora_jax.adapters.layouts import (
     shape_of,
     wrong_axes,
 )
-from moelora_jax.adapters.module_names import QWEN3_MOE_NAMES, ModuleNames, ModulePlace
+from moelora_jax.adapters.module_names import ModuleNames, ModulePlace
 from moelora_jax.config import LoraSite
 from moelora_jax.errors import AdapterError, LayoutError
 from moelora_jax.safetensors_file import SafetensorsFile
-
-__all__ = ["QWEN3_MOE_NAMES", "ModuleNames", "read_adapter"]
 
 _WEIGHTS = "adapter_model.safetensors"
 
