@@ -12,6 +12,7 @@ from moelora_kernels.expert_lora.triton_expand import (
     add_expand,
     find_adapters,
     find_pages,
+    load_pages,
     tile_adapters,
 )
 from moelora_kernels.expert_lora.triton_shrink import shrink
@@ -121,8 +122,9 @@ def dense_expand(
         table_ptr += (tl.load(layer_ptr) * 2 + 1) * NUM_ADAPTERS * MAX_PAGES
         slot_adapter, mine = find_adapters(0, adapter, slot, SLOTS)
         pool_row = find_pages(slot_adapter, 0, table_ptr, 1, MAX_PAGES, PAGES)
+        b = load_pages(pool_row, columns, pool_ptr, WIDTH, SLOTS, PAGES, PAGE_ROWS)
         total = add_expand(
-            total, rows, adapter, slot, num_slots, mine, pool_row, columns,
+            total, rows, adapter, slot, num_slots, mine, pool_row, b, columns,
             z_ptr, table_ptr, pool_ptr,
             WIDTH, 1, MAX_PAGES, PAGE_ROWS, Z_COLUMNS, BLOCK_M, SLOTS, PAGES, PRECISION,
         )  # fmt: skip

@@ -26,6 +26,7 @@ from moelora_kernels.expert_lora.triton_expand import (
     expand_both,
     find_adapters,
     find_pages,
+    load_pages,
     load_ranks,
     tile_adapters,
 )
@@ -488,6 +489,13 @@ def gate_up_tile(
             up += tl.load(bias_ptr + INTERMEDIATE + column).to(tl.float32)[None, :]
         if z_ptr is not None:
             if num_slots > 0:
+                if BLOCK_M < COPY_AHEAD_ROWS:  # Pages are on their way while this program waits.
+                    gate_b = load_pages(
+                        gate_row, columns, gate_b_ptr, INTERMEDIATE, SLOTS, PAGES, PAGE_ROWS
+                    )
+                    up_b = load_pages(
+                        up_row, columns, up_b_ptr, INTERMEDIATE, SLOTS, PAGES, PAGE_ROWS
+                    )
                 if shrunk_ptr is not None:
                     wait_for(shrunk_ptr, producers)
                 for first_page in tl.static_range(0, MAX_PAGES, PAGES):
@@ -528,10 +536,17 @@ def gate_up_tile(
                                     slot_adapter, first_page, up_table_ptr,
                                     NUM_EXPERTS, MAX_PAGES, PAGES,
                                 )  # fmt: skip
+                                gate_b = load_pages(
+                                    gate_row, columns, gate_b_ptr,
+                                    INTERMEDIATE, SLOTS, PAGES, PAGE_ROWS,
+                                )  # fmt: skip
+                                up_b = load_pages(
+                                    up_row, columns, up_b_ptr,
+                                    INTERMEDIATE, SLOTS, PAGES, PAGE_ROWS,
+                                )  # fmt: skip
                             gate, up = expand_both(
-                                gate, up, gate_z, up_z, mine, gate_row, up_row, columns,
-                                gate_b_ptr, up_b_ptr,
-                                INTERMEDIATE, BLOCK_M, SLOTS, PAGES, PAGE_ROWS, PRECISION,
+                                gate, up, gate_z, up_z, mine, gate_row, up_row, gate_b, up_b,
+                                BLOCK_M, SLOTS, PAGES, PAGE_ROWS, PRECISION,
                             )  # fmt: skip
         hidden = activate(gate, up, ACTIVATION)
         tl.store(
@@ -703,6 +718,8 @@ def down_tile(
             total += tl.load(bias_ptr + column).to(tl.float32)[None, :]
         if z_ptr is not None:
             if num_slots > 0:
+                if BLOCK_M < COPY_AHEAD_ROWS:  # Pages are on their way while this program waits.
+                    b = load_pages(pool_row, columns, b_ptr, HIDDEN, SLOTS, PAGES, PAGE_ROWS)
                 if shrunk_ptr is not None:
                     wait_for(shrunk_ptr, producers)
                 if BLOCK_M >= COPY_AHEAD_ROWS:
@@ -718,7 +735,7 @@ def down_tile(
                             )  # fmt: skip
                 else:
                     total = add_expand(
-                        total, rows, adapter, slot, num_slots, mine, pool_row, columns,
+                        total, rows, adapter, slot, num_slots, mine, pool_row, b, columns,
                         z_ptr, table_ptr, b_ptr,
                         HIDDEN, NUM_EXPERTS, MAX_PAGES, PAGE_ROWS, Z_COLUMNS, BLOCK_M, SLOTS, PAGES,
                         PRECISION, EXPAND_STAGES,

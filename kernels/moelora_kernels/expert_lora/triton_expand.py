@@ -132,6 +132,7 @@ def add_expand(
     num_slots,
     mine,
     pool_row,
+    b,
     columns,
     z_ptr,
     table_ptr,
@@ -149,8 +150,9 @@ def add_expand(
 ):
     """``total + z · B``, for ``SLOTS`` adapters and ``PAGES`` pages of each at a time.
 
-    ``mine`` and ``pool_row`` are those of the first step. With more than one of ``EXPAND_STAGES``
-    all steps look up their own, without a branch, so that the pages of the next are copied ahead.
+    ``mine``, ``pool_row`` and the pages ``b`` are those of the first step. With more than one of
+    ``EXPAND_STAGES`` all steps look up their own, without a branch, so that the pages of the next
+    are copied ahead.
     """
     for first_page in tl.static_range(0, MAX_PAGES, PAGES):
         if num_slots > 0:
@@ -161,7 +163,7 @@ def add_expand(
                     pool_row = find_pages(
                         slot_adapter, first_page, table_ptr, NUM_EXPERTS, MAX_PAGES, PAGES
                     )
-                b = load_pages(pool_row, columns, pool_ptr, WIDTH, SLOTS, PAGES, PAGE_ROWS)
+                    b = load_pages(pool_row, columns, pool_ptr, WIDTH, SLOTS, PAGES, PAGE_ROWS)
                 stacked = stack_ranks(z, mine, pool_row, ROWS, SLOTS, PAGES, PAGE_ROWS)
                 total = tl.dot(stacked, b, total, input_precision=PRECISION)
     return total
@@ -223,10 +225,8 @@ def expand_both(
     mine,
     gate_row,
     up_row,
-    columns,
-    gate_b_ptr,
-    up_b_ptr,
-    WIDTH: tl.constexpr,
+    gate_b,
+    up_b,
     ROWS: tl.constexpr,
     SLOTS: tl.constexpr,
     PAGES: tl.constexpr,
@@ -234,8 +234,6 @@ def expand_both(
     PRECISION: tl.constexpr,
 ):
     """One step of :func:`add_expand` for gate and up."""
-    gate_b = load_pages(gate_row, columns, gate_b_ptr, WIDTH, SLOTS, PAGES, PAGE_ROWS)
-    up_b = load_pages(up_row, columns, up_b_ptr, WIDTH, SLOTS, PAGES, PAGE_ROWS)
     stacked = stack_ranks(gate_z, mine, gate_row, ROWS, SLOTS, PAGES, PAGE_ROWS)
     gate = tl.dot(stacked, gate_b, gate, input_precision=PRECISION)
     stacked = stack_ranks(up_z, mine, up_row, ROWS, SLOTS, PAGES, PAGE_ROWS)
