@@ -66,7 +66,7 @@ def program(
 
 def arguments(case: cases.LayerCase, lora: bool, dirty: bool) -> tuple[Any, ...]:
     params = MoeParams(
-        jnp.zeros((2, case.shape.experts, case.shape.hidden)),
+        jnp.zeros((2, case.shape.experts, case.shape.hidden), case.dtype),
         case.cast(case.gate_up),
         case.cast(case.down),
     )

@@ -34,7 +34,9 @@ def run(case, *, lora: bool = True, dirty: bool = False, activation: str = "silu
         shape.experts, shape.top_k, shape.hidden, shape.intermediate, activation=activation
     )
     params = MoeParams(
-        jnp.zeros((2, shape.experts, shape.hidden)), case.cast(case.gate_up), case.cast(case.down)
+        jnp.zeros((2, shape.experts, shape.hidden), case.dtype),
+        case.cast(case.gate_up),
+        case.cast(case.down),
     )
     shapes = moe_workspace_shapes(
         config,

@@ -131,7 +131,7 @@ def layer(
 ) -> np.ndarray:
     shape = case.shape
     config = MoeConfig(shape.experts, shape.top_k, shape.hidden, shape.intermediate)
-    router = jnp.zeros((2, shape.experts, shape.hidden))
+    router = jnp.zeros((2, shape.experts, shape.hidden), case.dtype)
     params = MoeParams(
         router,
         case.cast(case.gate_up),
