@@ -136,14 +136,18 @@ class _EngineCollector(Collector):
                 "adapter",
                 {name: getattr(counters, field) for name, counters in traffic.items()},
             )
-        for state in ("used", "free"):
+        used = {pool.width: pool.used_pages * pool.page_bytes for pool in stats.pools}
+        for state, values in (
+            ("used", used),
+            ("free", {pool.width: pool.total_bytes - used[pool.width] for pool in stats.pools}),
+        ):
             pools = GaugeMetricFamily(
                 f"moelora_pool_{state}_bytes",
                 f"Bytes of adapter pages that are {state}, by the pages' width.",
                 labels=["width"],
             )
-            for pool in stats.pools:
-                pools.add_metric([str(pool.width)], getattr(pool, f"{state}_bytes"))
+            for width, value in values.items():
+                pools.add_metric([str(width)], value)
             yield pools
 
 
