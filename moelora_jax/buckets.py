@@ -23,7 +23,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from moelora_jax.config import Bucket, BucketConfig
-from moelora_jax.errors import RequestError
+from moelora_jax.errors import MoeLoraError, RequestError
 
 Kind = Literal["prefill", "decode", "score"]
 
@@ -164,12 +164,20 @@ class ProgramKey:
 
 
 def program_keys(buckets: BucketConfig, kinds: Iterable[Kind]) -> list[ProgramKey]:
-    """All programs of the given kinds."""
+    """All programs of the given kinds.
+
+    Raises:
+        MoeLoraError: there is no such kind.
+    """
     shapes: Mapping[Kind, Callable[[], Iterable[Bucket]]] = {
         "prefill": buckets.prefill_buckets,
         "decode": buckets.decode_buckets,
         "score": buckets.prefill_buckets,
     }
+    kinds = (kinds,) if isinstance(kinds, str) else tuple(kinds)
+    for kind in kinds:
+        if kind not in shapes:
+            raise MoeLoraError(f"there are programs of kind {', '.join(shapes)}, not {kind!r}")
     return [
         ProgramKey(kind, bucket, lora)
         for kind in kinds
@@ -306,7 +314,7 @@ class Programs:
         """
         missing = sorted({key for key in keys if key not in self._compiled}, reverse=True)
         columns = (
-            TextColumn("compiling programs"),
+            TextColumn("Compiling programs"),
             BarColumn(),
             MofNCompleteColumn(),
             TextColumn("{task.description}"),

@@ -1,6 +1,7 @@
 """Packing of batches, the choice of buckets, and the compiled programs."""
 
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from jax.experimental.compilation_cache import compilation_cache
 
-from moelora_jax import BucketConfig, RequestError
+from moelora_jax import BucketConfig, MoeLoraError, RequestError
 from moelora_jax.buckets import (
     Batch,
     BatchLayout,
@@ -90,6 +91,13 @@ def test_every_kind_has_a_program_per_bucket_with_and_without_adapters() -> None
     assert len(keys) == len(set(keys)) == 6
     assert ProgramKey("decode", Bucket(2, 2), lora=True) in keys
     assert ProgramKey("prefill", Bucket(8, 2), lora=False) in keys
+
+
+@pytest.mark.usefixtures("unchecked")
+@pytest.mark.parametrize("kinds", ["train", ("score", "train")])
+def test_a_kind_of_program_that_does_not_exist(kinds: Any) -> None:
+    with pytest.raises(MoeLoraError, match="of kind prefill, decode, score, not 'train'"):
+        program_keys(BucketConfig(), kinds)
 
 
 def test_programs_are_compiled_once_and_counted(capsys: pytest.CaptureFixture[str]) -> None:

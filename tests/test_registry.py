@@ -250,6 +250,13 @@ def test_a_failed_load_changes_nothing(
     assert snapshot(adapters) == before
 
 
+@pytest.mark.usefixtures("unchecked")
+def test_a_name_is_a_string() -> None:
+    for name in (["a"], 3, None):
+        with pytest.raises(RequestError, match="is not loaded; loaded: none"):
+            registry().current(name)  # type: ignore[arg-type]
+
+
 def test_a_failed_reload_of_a_pinned_adapter_keeps_the_old_version() -> None:
     adapters = registry()
     adapters.load("a", adapter(), pin=True)

@@ -343,7 +343,7 @@ class AdapterRegistry:
         return [-1 if name is None else slots[name] for name in batch]
 
     def _entry(self, name: str) -> AdapterVersion:
-        if name not in self._entries:
+        if not isinstance(name, str) or name not in self._entries:
             loaded = ", ".join(sorted(self._entries)) or "none"
             raise RequestError(f"adapter {name!r} is not loaded; loaded: {loaded}")
         return self._entries[name]
