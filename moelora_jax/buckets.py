@@ -174,13 +174,12 @@ def program_keys(buckets: BucketConfig, kinds: Iterable[Kind]) -> list[ProgramKe
         "decode": buckets.decode_buckets,
         "score": buckets.prefill_buckets,
     }
-    kinds = (kinds,) if isinstance(kinds, str) else tuple(kinds)
-    for kind in kinds:
-        if kind not in shapes:
-            raise MoeLoraError(f"there are programs of kind {', '.join(shapes)}, not {kind!r}")
+    listed = list(kinds)
+    if isinstance(kinds, str) or not shapes.keys() >= set(listed):
+        raise MoeLoraError(f"kinds of programs are some of {tuple(shapes)}, not {kinds!r}")
     return [
         ProgramKey(kind, bucket, lora)
-        for kind in kinds
+        for kind in listed
         for bucket in shapes[kind]()
         for lora in (False, True)
     ]

@@ -25,16 +25,9 @@ from safetensors.numpy import load_file, save_file
 
 from moelora_jax.errors import CheckpointError
 from moelora_jax.models import checkpoint
-from moelora_jax.models.checkpoint import (
-    Parameter,
-    load_orbax,
-    load_parameters,
-    read_config,
-    save_checkpoint,
-    save_orbax,
-    single,
-    stacked,
-)
+from moelora_jax.models.checkpoint import load_parameters, read_config, save_checkpoint
+from moelora_jax.models.orbax_checkpoint import load_orbax, save_orbax
+from moelora_jax.models.parameters import Parameter, single, stacked
 from moelora_jax.safetensors_file import SafetensorsFile
 
 CONFIG = {"architectures": ["TestForCausalLM"], "hidden_size": 4}
@@ -629,7 +622,7 @@ def test_damaged_orbax_checkpoints_are_refused(tmp_path: Path, damaged: str) -> 
     script = (
         "import sys, jax.numpy as jnp\n"
         "from moelora_jax import CheckpointError\n"
-        "from moelora_jax.models.checkpoint import load_orbax\n"
+        "from moelora_jax.models.orbax_checkpoint import load_orbax\n"
         "from tests.test_checkpoint import TABLE\n"
         "try:\n"
         "    load_orbax(sys.argv[1], TABLE, jnp.float32)\n"

@@ -12,7 +12,8 @@ from safetensors.numpy import load_file, save_file
 
 from moelora_jax import CheckpointError
 from moelora_jax.models import load_model, model_arrays, mxfp4
-from moelora_jax.models.checkpoint import Parameter, load_parameters, save_checkpoint
+from moelora_jax.models.checkpoint import load_parameters, save_checkpoint
+from moelora_jax.models.parameters import Parameter
 from moelora_jax.parity import load_torch_model, trace_torch
 
 #: A piece ``[experts, 2, intermediate, hidden]`` for each of two layers.

@@ -19,15 +19,10 @@ from moelora_jax.adapters.module_names import (
 from moelora_jax.config import ModelConfig
 from moelora_jax.errors import CheckpointError
 from moelora_jax.models import deepseek_v2, deepseek_v3, gpt_oss, mixtral, olmoe, qwen3_moe
-from moelora_jax.models.checkpoint import (
-    Parameter,
-    is_orbax,
-    load_orbax,
-    load_parameters,
-    read_config,
-    save_orbax,
-)
+from moelora_jax.models.checkpoint import load_parameters, read_config
 from moelora_jax.models.decoder import Decoder
+from moelora_jax.models.orbax_checkpoint import is_orbax, load_orbax, save_orbax
+from moelora_jax.models.parameters import Parameter
 
 __all__ = [
     "FAMILIES",

@@ -18,7 +18,6 @@ from jaxtyping import Float
 
 from moelora_jax.buckets import Batch
 from moelora_jax.config import ModelConfig
-from moelora_jax.models.checkpoint import Parameter, single, stacked
 from moelora_jax.models.latent_attention import LatentAttention
 from moelora_jax.models.layers import (
     Attention,
@@ -31,6 +30,7 @@ from moelora_jax.models.layers import (
     random_param,
     sort_by_adapter,
 )
+from moelora_jax.models.parameters import Parameter, single, stacked
 from moelora_jax.workspace import DENSE_TILE_ROWS, KVCache, Workspace
 from moelora_kernels import Buffer, add_rms_norm, dense_lora, embedding_lora, linear, rms_norm
 

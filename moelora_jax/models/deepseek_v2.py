@@ -5,7 +5,6 @@ from typing import Any
 
 from moelora_jax.config import LatentConfig, ModelConfig, MoeConfig
 from moelora_jax.errors import CheckpointError
-from moelora_jax.models.checkpoint import Parameter
 from moelora_jax.models.decoder import (
     gated_mlp_parameters,
     per_expert_parameters,
@@ -18,6 +17,7 @@ from moelora_jax.models.model_config import (
     refuse_quantized,
     require,
 )
+from moelora_jax.models.parameters import Parameter
 from moelora_kernels import ExpertGroups
 
 ARCHITECTURE = "DeepseekV2ForCausalLM"

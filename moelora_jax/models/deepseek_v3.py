@@ -8,9 +8,9 @@ import jax.numpy as jnp
 
 from moelora_jax.config import ModelConfig
 from moelora_jax.models import deepseek_v2
-from moelora_jax.models.checkpoint import Parameter
 from moelora_jax.models.decoder import each_layer
 from moelora_jax.models.model_config import known_values, refuse_other, require
+from moelora_jax.models.parameters import Parameter
 from moelora_kernels import ExpertGroups
 
 ARCHITECTURE = "DeepseekV3ForCausalLM"

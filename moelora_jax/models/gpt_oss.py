@@ -10,7 +10,6 @@ from typing import Any
 
 from moelora_jax.config import ModelConfig, MoeConfig
 from moelora_jax.errors import CheckpointError
-from moelora_jax.models.checkpoint import Parameter
 from moelora_jax.models.decoder import each_layer, shared_parameters
 from moelora_jax.models.model_config import (
     known_values,
@@ -18,6 +17,7 @@ from moelora_jax.models.model_config import (
     refuse_other,
     require,
 )
+from moelora_jax.models.parameters import Parameter
 
 ARCHITECTURE = "GptOssForCausalLM"
 

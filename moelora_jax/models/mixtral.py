@@ -4,7 +4,6 @@ from collections.abc import Mapping
 from typing import Any
 
 from moelora_jax.config import ModelConfig, MoeConfig
-from moelora_jax.models.checkpoint import Parameter
 from moelora_jax.models.decoder import per_expert_parameters, shared_parameters
 from moelora_jax.models.model_config import (
     known_values,
@@ -13,6 +12,7 @@ from moelora_jax.models.model_config import (
     refuse_quantized,
     require,
 )
+from moelora_jax.models.parameters import Parameter
 
 ARCHITECTURE = "MixtralForCausalLM"
 

@@ -4,7 +4,6 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from moelora_jax.config import ModelConfig, MoeConfig
-from moelora_jax.models.checkpoint import Parameter
 from moelora_jax.models.decoder import (
     gated_mlp_parameters,
     per_expert_parameters,
@@ -17,6 +16,7 @@ from moelora_jax.models.model_config import (
     refuse_quantized,
     require,
 )
+from moelora_jax.models.parameters import Parameter
 
 ARCHITECTURE = "Qwen3MoeForCausalLM"
 

@@ -17,7 +17,7 @@ import numpy as np
 from moelora_jax.engine.llm import Prompt
 from moelora_jax.engine.trace import Trace
 from moelora_jax.errors import AdapterError, CheckpointError, MoeLoraError
-from moelora_jax.models.checkpoint import is_orbax
+from moelora_jax.models.orbax_checkpoint import is_orbax
 from moelora_jax.parity.comparison import GreedyTokens
 
 
