@@ -15,8 +15,12 @@ TILE_ROWS = 16
 #: One expert and one choice: gate and up of such a layer are linear maps of one input.
 SHAPES = {
     "one token": Shape(1, 1, 1, 48, 20, 3, 1),
+    "one token, many columns": Shape(1, 1, 1, 48, 1056, 3, 1),
     "two pages": Shape(33, 1, 1, 20, 48, 10, 2),
     "many adapters": Shape(128, 1, 1, 320, 192, 64, 4),
+    # Other stages and registers with adapters than without, in bfloat16.
+    "sums in parts": Shape(60, 1, 1, 512, 544, 5, 2),
+    "many columns": Shape(128, 1, 1, 64, 1408, 5, 1),
     # In bfloat16; float32, and maps of few columns, are of the launch for few rows.
     "two launches": Shape(300, 1, 1, 320, 320, 5, 1),
     "columns in parts": Shape(200, 1, 1, 1024, 264, 5, 1),

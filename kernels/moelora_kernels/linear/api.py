@@ -58,8 +58,9 @@ def linear_lora(
     if choose(implementation) == "triton":
         from moelora_kernels.linear import triton, triton_many_rows
 
-        tiles = linear_tiles(len(x), outputs, x.dtype)
-        if len(x) <= MAX_ROWS:
+        tokens, width = x.shape
+        tiles = linear_tiles(tokens, width, outputs, x.dtype)
+        if tokens <= MAX_ROWS:
             return triton.linear_lora(x, maps, layer, sort, signals, dtype, tiles)
         if suits_descriptors(x, outputs):
             return triton_many_rows.linear_lora(x, maps, layer, sort, dtype, tiles)

@@ -30,10 +30,14 @@ from moelora_kernels.expert_lora.triton_expand import (
     stack_ranks,
     tile_adapters,
 )
-from moelora_kernels.fused_experts.triton_one_token import find_rank_rows, load_rank_rows
+from moelora_kernels.fused_experts.triton_one_token import (
+    find_rank_rows,
+    load_rank_rows,
+    sum_parts,
+)
 from moelora_kernels.tuning.tiles import LinearTiles
 from moelora_kernels.types import PAGE_ROWS, SIGNALS, Buffer, LinearMap, SitePages, TokenSort
-from moelora_kernels.waiting import clear, leave, signal, wait_for
+from moelora_kernels.waiting import clear, count, signal, wait_for
 
 #: Maps that one launch has parameters for.
 MAX_MAPS = 3
@@ -65,9 +69,11 @@ def linear_lora(
     # No part is empty.
     steps = triton.cdiv(width, block_k)
     parts = triton.cdiv(steps, triton.cdiv(steps, tiles.parts))
-    all_parts = parts + 1 if sites and parts > 1 else parts
     blocks = sum(triton.cdiv(out, tiles.block_n) for out in outputs)
     targets = triton.cdiv(tokens, tiles.block_m) * blocks
+    all_parts = parts + 1 if sites and parts > 1 else parts
+    programs = targets * all_parts
+    stages, registers = tiles.num_stages, None
     shrinks = shrink_k = shrink_parts = 0
     # Parts of rank activations, then parts of sums.
     scratch = 0
@@ -79,6 +85,9 @@ def linear_lora(
         shrink_k = min(shrink_k, max(triton.next_power_of_2(width), 16))
         shrink_parts = triton.cdiv(width, shrink_k)
         shrinks = pages * shrink_parts
+        # One more clears the counters.
+        programs += shrinks + 1
+        stages, registers = tiles.lora or (stages, registers)
         scratch = shrink_parts * len(maps) * tokens * sites[0].max_rank
     if all_parts > 1:
         if LAUNCH_SIGNALS + targets > SIGNALS[0]:
@@ -107,7 +116,7 @@ def linear_lora(
         ),
         new,
         None,
-        Launch((shrinks + targets * all_parts,), tiles.num_warps, tiles.num_stages),
+        Launch((programs,), tiles.num_warps, stages, registers),
         WIDTH=width,
         TOKENS_POW2=max(triton.next_power_of_2(tokens), WINDOW_ROWS),
         SHRINKS=shrinks,
@@ -117,7 +126,7 @@ def linear_lora(
         PARTS=parts,
         ALL_PARTS=all_parts,
         BLOCK_K=block_k,
-        STAGES=tiles.num_stages,
+        STAGES=stages,
         LAUNCH_SIGNALS=LAUNCH_SIGNALS,
         **_constants(x, maps, sites, tiles),
     )
@@ -164,6 +173,7 @@ def _constants(
         "Z_COLUMNS": max_rank,
         "SLOTS": max(tiles.stack, 2 * pages) // pages if pages else 0,
         "PAGES": pages,
+        "PAGE_LANES": triton.next_power_of_2(max_pages) if max_pages else 0,
     }
 
 
@@ -219,14 +229,24 @@ def linear_tiles(
     Z_COLUMNS: tl.constexpr,
     SLOTS: tl.constexpr,
     PAGES: tl.constexpr,
+    PAGE_LANES: tl.constexpr,
 ):
-    """The first ``SHRINKS`` programs shrink, the others have a part of a tile of the output."""
+    """The first ``SHRINKS`` programs shrink, the others have a part of a tile of the output.
+
+    With LoRA the last one clears the counters.
+    """
     program = tl.program_id(0)
     layer = tl.load(layer_ptr)
     shrunk_ptr = None if SHRINKS == 0 else signals_ptr + 1
     # Of one map, and of one part.
     Z_MAP: tl.constexpr = TOKENS * Z_COLUMNS
     Z_PART: tl.constexpr = MAPS * Z_MAP
+    TILES: tl.constexpr = (TOKENS + BLOCK_M - 1) // BLOCK_M
+    BLOCKS_0: tl.constexpr = (OUT_0 + BLOCK_N - 1) // BLOCK_N
+    BLOCKS_1: tl.constexpr = (OUT_1 + BLOCK_N - 1) // BLOCK_N
+    BLOCKS_2: tl.constexpr = (OUT_2 + BLOCK_N - 1) // BLOCK_N
+    TARGETS: tl.constexpr = TILES * (BLOCKS_0 + BLOCKS_1 + BLOCKS_2)
+    LAST: tl.constexpr = SHRINKS + TARGETS * ALL_PARTS
     if program < SHRINKS:
         if SHRINKS > 0:
             part, number = program % SHRINK_PARTS, program // SHRINK_PARTS % MAPS
@@ -242,12 +262,13 @@ def linear_tiles(
                     SHRINK_K, WINDOW_ROWS, PRECISION,
                 )  # fmt: skip
             signal(shrunk_ptr)
+    elif program == LAST:
+        if SHRINKS > 0:
+            # When all others have gone on, nobody looks at the counters any more.
+            wait_for(signals_ptr, TARGETS)
+            wait_for(shrunk_ptr, SHRINKS)
+            clear(signals_ptr, 2)
     else:
-        TILES: tl.constexpr = (TOKENS + BLOCK_M - 1) // BLOCK_M
-        BLOCKS_0: tl.constexpr = (OUT_0 + BLOCK_N - 1) // BLOCK_N
-        BLOCKS_1: tl.constexpr = (OUT_1 + BLOCK_N - 1) // BLOCK_N
-        BLOCKS_2: tl.constexpr = (OUT_2 + BLOCK_N - 1) // BLOCK_N
-        TARGETS: tl.constexpr = TILES * (BLOCKS_0 + BLOCKS_1 + BLOCKS_2)
         program -= SHRINKS
         target, part = program // PARTS, program % PARTS
         if ALL_PARTS > PARTS:
@@ -265,8 +286,10 @@ def linear_tiles(
             order = tl.load(order_ptr + rows, mask=inside, other=-1)
             token = tl.where(order >= 0, order, rows)
         columns = block * BLOCK_N + tl.arange(0, BLOCK_N)
-        # Columns past the last repeat it, so that loads need no mask.
-        column = tl.minimum(columns, out - 1)
+        column = columns
+        if OUT_0 % BLOCK_N != 0 or OUT_1 % BLOCK_N != 0 or OUT_2 % BLOCK_N != 0:
+            # Columns past the last repeat it, so that loads need no mask.
+            column = tl.minimum(columns, out - 1)
         if SHRINKS > 0:
             b_ptr = of_map(number, b_0_ptr, b_1_ptr, b_2_ptr)
             table_ptr = of_map(number, table_0_ptr, table_1_ptr, table_2_ptr)
@@ -276,6 +299,12 @@ def linear_tiles(
             if BLOCK_M == 1:
                 adapter = tl.load(group_ptr) - 1
                 has_pages = has_pages & (adapter >= 0)
+                rank = tl.arange(0, PAGE_LANES * PAGE_ROWS)
+                rank_row = find_rank_rows(
+                    rank, tl.where(has_pages, adapter, -1), table_ptr + adapter * MAX_PAGES,
+                    1, MAX_PAGES, PAGE_ROWS,
+                )  # fmt: skip
+                b = load_rank_rows(rank_row, column, b_ptr, out)
             else:
                 adapter, slot, num_slots = tile_adapters(
                     first, rows, inside, 0, group_ptr, NUM_ADAPTERS
@@ -302,19 +331,20 @@ def linear_tiles(
             total += bias.to(tl.float32)[:, None]
         if SHRINKS > 0:
             if has_pages:
+                z_ptr = scratch_ptr + number * Z_MAP
                 if BLOCK_M == 1:
-                    total += expand_row(
-                        column, adapter, table_ptr, b_ptr, out, scratch_ptr + number * Z_MAP,
-                        shrunk_ptr,
-                        SHRINKS, SHRINK_PARTS, Z_PART, MAX_PAGES, PAGE_ROWS, PAGES,
-                    )  # fmt: skip
+                    wait_for_shrinks(signals_ptr, SHRINKS)
+                    z = sum_parts(z_ptr, rank, rank_row, b, SHRINK_PARTS, Z_PART)
+                    total += tl.sum(z[:, None] * b.to(tl.float32), 0)[:, None]
                 else:
                     total = expand(
                         total, rows, adapter, slot, num_slots, mine, pool_row, columns, table_ptr,
-                        b_ptr, out, scratch_ptr + number * Z_MAP, shrunk_ptr,
+                        b_ptr, out, z_ptr, signals_ptr,
                         SHRINKS, SHRINK_PARTS, Z_PART, MAX_PAGES, PAGE_ROWS, Z_COLUMNS, BLOCK_M,
                         SLOTS, PAGES, PRECISION,
                     )  # fmt: skip
+            elif expands:
+                count(signals_ptr)
         complete = True
         if ALL_PARTS > 1:
             SUMS: tl.constexpr = BLOCK_N * BLOCK_M
@@ -335,11 +365,6 @@ def linear_tiles(
                 tl.trans(total.to(y_ptr.dtype.element_ty)),
                 mask=inside[:, None] & (columns < out)[None, :],
             )
-        if SHRINKS > 0:
-            if expands:
-                if leave(signals_ptr, TARGETS):
-                    wait_for(shrunk_ptr, SHRINKS)
-                    clear(signals_ptr, 2)
 
 
 @triton.jit
@@ -389,6 +414,9 @@ def find_block(
     block -= tl.where(number == 0, 0, tl.where(number == 1, BLOCKS_0, BLOCKS_0 + BLOCKS_1))
     out = tl.where(number == 0, OUT_0, tl.where(number == 1, OUT_1, OUT_2))
     start = tl.where(number == 0, 0, tl.where(number == 1, OUT_0, OUT_0 + OUT_1))
+    if OUT_0 % 8 == 0 and OUT_1 % 8 == 0 and OUT_2 % 8 == 0:
+        # The compiler does not see it through a choice, and would load pages number by number.
+        out, start = tl.multiple_of(out, 8), tl.multiple_of(start, 8)
     return number, block, out, start
 
 
@@ -458,6 +486,13 @@ def multiply_row(
 
 
 @triton.jit
+def wait_for_shrinks(signals_ptr, SHRINKS: tl.constexpr):
+    """Wait for the rank activations, and say that this program has not to wait any more."""
+    wait_for(signals_ptr + 1, SHRINKS)
+    count(signals_ptr)
+
+
+@triton.jit
 def expand(
     total,
     rows,
@@ -471,7 +506,7 @@ def expand(
     b_ptr,
     out,
     z_ptr,
-    shrunk_ptr,
+    signals_ptr,
     SHRINKS: tl.constexpr,
     SHRINK_PARTS: tl.constexpr,
     Z_PART: tl.constexpr,
@@ -488,7 +523,7 @@ def expand(
     ``mine`` and ``pool_row`` are those of the first step.
     """
     b = load_pages(pool_row, columns, b_ptr, out, SLOTS, PAGES, PAGE_ROWS)
-    wait_for(shrunk_ptr, SHRINKS)
+    wait_for_shrinks(signals_ptr, SHRINKS)
     for first_page in tl.static_range(0, MAX_PAGES, PAGES):
         z = load_ranks(rows, adapter, first_page, z_ptr, Z_COLUMNS, PAGES, PAGE_ROWS)
         for part in tl.static_range(1, SHRINK_PARTS):
@@ -504,40 +539,6 @@ def expand(
             stacked = stack_ranks(z, mine, pool_row, ROWS, SLOTS, PAGES, PAGE_ROWS)
             total = tl.dot(tl.trans(b), tl.trans(stacked), total, input_precision=PRECISION)
     return total
-
-
-@triton.jit
-def expand_row(
-    column,
-    adapter,
-    table_ptr,
-    b_ptr,
-    out,
-    z_ptr,
-    shrunk_ptr,
-    SHRINKS: tl.constexpr,
-    SHRINK_PARTS: tl.constexpr,
-    Z_PART: tl.constexpr,
-    MAX_PAGES: tl.constexpr,
-    PAGE_ROWS: tl.constexpr,
-    PAGES: tl.constexpr,
-):
-    """``z · B`` of the only row, ``[columns, 1]``."""
-    total = tl.zeros([column.shape[0]], tl.float32)
-    for first_page in tl.static_range(0, MAX_PAGES, PAGES):
-        rank = first_page * PAGE_ROWS + tl.arange(0, PAGES * PAGE_ROWS)
-        rank_row = find_rank_rows(
-            rank, adapter, table_ptr + adapter * MAX_PAGES, 1, MAX_PAGES, PAGE_ROWS
-        )
-        b = load_rank_rows(rank_row, column, b_ptr, out)
-        if first_page == 0:
-            wait_for(shrunk_ptr, SHRINKS)
-        z = tl.load(z_ptr + rank, mask=rank_row >= 0, other=0.0)
-        for part in tl.static_range(1, SHRINK_PARTS):
-            z += tl.load(z_ptr + part * Z_PART + rank, mask=rank_row >= 0, other=0.0)
-        z = z.to(b_ptr.dtype.element_ty).to(tl.float32)
-        total += tl.sum(z[:, None] * b.to(tl.float32), 0)
-    return total[:, None]
 
 
 @triton.jit

@@ -93,6 +93,8 @@ class LinearTiles:
         num_stages: steps whose loads are in flight.
         parts: programs that share the sums of a tile, at most; not of one row.
         stack: pages of adapters that are multiplied at once.
+        lora: stages, and registers of a thread at most, of a launch with adapters, where it is
+            worth more that all of its programs are there at once; None for no others.
     """
 
     block_m: int
@@ -102,6 +104,7 @@ class LinearTiles:
     num_stages: int
     parts: int = 1
     stack: int = 8
+    lora: tuple[int, int] | None = None
 
 
 @dataclass(frozen=True)
@@ -248,8 +251,8 @@ def dense_tiles(tokens: int, dtype: DTypeLike) -> tuple[ShrinkTiles, GemmTiles]:
     return shrink, GemmTiles(block_n=128, block_k=64, num_warps=4, num_stages=1)
 
 
-def linear_tiles(tokens: int, outputs: Sequence[int], dtype: DTypeLike) -> LinearTiles:
-    """Tiles of linear maps which have so many outputs each.
+def linear_tiles(tokens: int, width: int, outputs: Sequence[int], dtype: DTypeLike) -> LinearTiles:
+    """Tiles of linear maps of ``width`` columns, which have so many outputs each.
 
     Measured with the shapes of Qwen3-30B-A3B on an H200. What counts is how many bytes are on
     their way from all processors, so narrow maps have the sums of a tile shared by programs.
@@ -269,6 +272,9 @@ def linear_tiles(tokens: int, outputs: Sequence[int], dtype: DTypeLike) -> Linea
     if tokens == 1:
         if blocks(8) < PROCESSORS:
             return LinearTiles(1, 1, 2048, num_warps=4, num_stages=1)
+        if blocks(8) >= 2 * PROCESSORS and width <= 2048:
+            # One step, whose loads are all on their way at once.
+            return LinearTiles(1, 4, 2048, num_warps=4, num_stages=1)
         return LinearTiles(1, 8, 512, num_warps=4, num_stages=5)
     if blocks(16) < 64 and tokens <= 128:
         # Little to read, so that one step each is soonest done.
@@ -279,11 +285,13 @@ def linear_tiles(tokens: int, outputs: Sequence[int], dtype: DTypeLike) -> Linea
             return LinearTiles(16, 16, 128, num_warps=1, num_stages=6)
         return LinearTiles(16, 32, 256, 4, 3, parts(16, 32, 320))
     if tokens <= 32:
-        return LinearTiles(32, 64, 64, 4, 4, parts(32, 64, 264))
+        return LinearTiles(32, 64, 64, 4, 4, parts(32, 64, 264), lora=(3, 128))
     if tokens <= 64:
-        return LinearTiles(64, 64, 64, 4, 6, parts(64, 64, 170))
+        shared = parts(64, 64, 170)
+        return LinearTiles(64, 64, 64, 4, 6, shared, lora=(3, 128) if shared > 2 else None)
     if tokens <= 128:
-        return LinearTiles(64, 64, 64, 4, 5, parts(64, 64, 264))
+        shared = parts(64, 64, 264)
+        return LinearTiles(64, 64, 64, 4, 5, shared, lora=(3, 128) if shared > 2 else (4, 160))
     if blocks(64) < 8:
         # One wave, and sums of few parts to add up.
         return LinearTiles(32, 64, 128, 4, 4, parts(32, 64, PROCESSORS))
