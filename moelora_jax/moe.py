@@ -367,11 +367,15 @@ def _check(
     if x.ndim != 2 or x.shape[0] < 1:
         raise MoeLoraError(f"x must be [tokens, hidden] of some tokens, not {list(x.shape)}")
     layers = params.gate_up.shape[0]
-    expected: list[tuple[str, Array, tuple[int, ...], DTypeLike]] = [
+    expected: list[tuple[str, Array | None, tuple[int, ...], DTypeLike]] = [
         ("x", x, (x.shape[0], hidden), x.dtype),
         ("params.router", params.router, (layers, experts, hidden), x.dtype),
         ("params.gate_up", params.gate_up, (layers, experts, 2, inner, hidden), x.dtype),
         ("params.down", params.down, (layers, experts, hidden, inner), x.dtype),
+        ("params.router_bias", params.router_bias, (layers, experts), x.dtype),
+        ("params.correction_bias", params.correction_bias, (layers, experts), jnp.float32),
+        ("params.gate_up_bias", params.gate_up_bias, (layers, experts, 2, inner), x.dtype),
+        ("params.down_bias", params.down_bias, (layers, experts, hidden), x.dtype),
     ]
     if adapter_of_token is not None and pages is not None:
         expected.append(("adapter_of_token", adapter_of_token, (x.shape[0],), jnp.int32))
@@ -383,7 +387,7 @@ def _check(
             table = (*site.table.shape[:4], experts)
             expected.append((f"pages.{name}.table", site.table, table, jnp.int32))
     for name, array, shape, dtype in expected:
-        if array.shape != shape or array.dtype != dtype:
+        if array is not None and (array.shape != shape or array.dtype != dtype):
             raise MoeLoraError(
                 f"{name} is {array.dtype}{list(array.shape)}; with this config and x it must be "
                 f"{jnp.dtype(dtype)}{list(shape)}"

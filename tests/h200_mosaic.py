@@ -73,9 +73,8 @@ def arguments(config: MoeConfig, bias: bool) -> tuple[Any, ...]:
         array(NUM_LAYERS, experts, hidden),
         array(NUM_LAYERS, experts, 2, inner, hidden),
         array(NUM_LAYERS, experts, hidden, inner),
-        None,
-        array(NUM_LAYERS, experts, 2, inner) if bias else None,
-        array(NUM_LAYERS, experts, hidden) if bias else None,
+        gate_up_bias=array(NUM_LAYERS, experts, 2, inner) if bias else None,
+        down_bias=array(NUM_LAYERS, experts, hidden) if bias else None,
     )
     pages = ExpertPages(site(hidden, inner), site(hidden, inner), site(inner, hidden))
     workspace = moe_workspace_shapes(

@@ -240,6 +240,7 @@ def test_adapters_and_pages_come_together() -> None:
         "params.router is bfloat16": lambda a: {
             "params": jax.tree.map(lambda p: p.astype("bfloat16"), a["params"])
         },
+        "params.down_bias": lambda a: {"params": a["params"]._replace(down_bias=a["params"].down)},
         "adapter_of_token": lambda a: {"adapter_of_token": a["adapter_of_token"][1:]},
         "adapter_of_token is float32": lambda a: {
             "adapter_of_token": a["adapter_of_token"].astype("float32")
