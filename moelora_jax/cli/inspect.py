@@ -27,7 +27,7 @@ from moelora_jax.safetensors_file import FLOAT_DTYPES, SafetensorsFile
 from moelora_kernels.types import PAGE_ROWS
 
 _DEFAULT = LoraConfig()
-_LIMITS = "Limits that the adapter must fit into"
+_LIMITS = "Limits of the server that the adapter must fit into"
 
 
 def inspect(
@@ -45,13 +45,28 @@ def inspect(
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
     dtype: Annotated[Dtype, typer.Option(help="Of the pages.")] = Dtype.BFLOAT16,
     max_rank: Annotated[
-        int, typer.Option(min=1, rich_help_panel=_LIMITS, help="As in LoraConfig.")
+        int,
+        typer.Option(
+            min=1,
+            rich_help_panel=_LIMITS,
+            help="Largest rank of an adapter.",
+        ),
     ] = _DEFAULT.max_rank,
     max_adapters: Annotated[
-        int, typer.Option(min=1, rich_help_panel=_LIMITS, help="As in LoraConfig.")
+        int,
+        typer.Option(
+            min=1,
+            rich_help_panel=_LIMITS,
+            help="Adapters on the device at once.",
+        ),
     ] = _DEFAULT.max_adapters,
     pool_rank: Annotated[
-        int, typer.Option(min=1, rich_help_panel=_LIMITS, help="As in LoraConfig.")
+        int,
+        typer.Option(
+            min=1,
+            rich_help_panel=_LIMITS,
+            help="Rank at which --max-adapters adapters that change everything fit.",
+        ),
     ] = _DEFAULT.pool_rank,
 ) -> None:
     """Say what an adapter folder holds and, with --model, whether it fits the model and why.

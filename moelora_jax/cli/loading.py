@@ -35,9 +35,12 @@ class Job:
     @property
     def summary(self) -> str:
         """How much there is to run."""
-        tokens = sum(len(prompt.tokens) for prompt in self.prompts)
-        adapters = len({prompt.adapter for prompt in self.prompts} - {None})
-        return f"{len(self.prompts)} rows, {tokens} tokens, {adapters} adapters"
+        counts = {
+            "row": len(self.prompts),
+            "token": sum(len(prompt.tokens) for prompt in self.prompts),
+            "adapter": len({prompt.adapter for prompt in self.prompts} - {None}),
+        }
+        return ", ".join(f"{n} {what}" if n == 1 else f"{n} {what}s" for what, n in counts.items())
 
 
 def prepare(
