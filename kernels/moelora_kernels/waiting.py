@@ -1,7 +1,8 @@
 """How programs of one launch wait for each other, by counters in memory.
 
 A GPU starts the programs of a launch in order. So a program may wait for those before it: they run,
-or are done. The last program to leave makes the counters zero again for the next launch.
+or are done. The last program to leave, or the last of all, which waits until nobody looks at them
+any more, makes the counters zero again for the next launch.
 """
 
 import triton
