@@ -1,8 +1,10 @@
 """The whole path on a tiny random model: isolation, static shapes, splitting, and bad input."""
 
 import inspect
+import re
 from collections.abc import Iterator
 from concurrent.futures import Future
+from typing import Any
 
 import numpy as np
 import pytest
@@ -219,6 +221,25 @@ def test_too_long_a_generation_is_refused(llm: LLM) -> None:
         llm.generate([Prompt([1] * 40)], max_new_tokens=9)
     with pytest.raises(RequestError, match="max_new_tokens must be at least 1"):
         llm.generate([Prompt([1])], max_new_tokens=0)
+
+
+@pytest.mark.usefixtures("unchecked")
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"max_new_tokens": 2.5}, "max_new_tokens must be at least 1, a whole number, not 2.5"),
+        ({"max_new_tokens": "2"}, "max_new_tokens must be at least 1, a whole number, not '2'"),
+        ({"sampling": {"temperature": 1}}, "sampling must be a Sampling, not {'temperature': 1}"),
+        ({"stop_tokens": 3}, "stop_tokens must be a sequence of token ids, not 3"),
+        ({"stop_tokens": ["a"]}, "stop_tokens must be a sequence of token ids, not ['a']"),
+        ({"prompts": Prompt([1])}, "prompts is a sequence of rows; write [Prompt(...)]"),
+    ],
+)
+def test_options_of_other_types_are_refused(
+    llm: LLM, options: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(RequestError, match=re.escape(message)):
+        llm.generate(**{"prompts": [Prompt([1])]} | options)
 
 
 def test_an_error_in_a_step_leaves_the_engine_usable(

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from numbers import Integral
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from moelora_jax.adapters.writer import Layout, save_adapter
 from moelora_jax.buckets import CompileReport, Kind
 from moelora_jax.config import ModelConfig, RuntimeConfig
 from moelora_jax.engine.engine import Engine
-from moelora_jax.engine.requests import FinishReason, check_tokens
+from moelora_jax.engine.requests import FinishReason, check_max_new_tokens, check_tokens
 from moelora_jax.engine.runner import Runner
 from moelora_jax.engine.sampling import Sampling
 from moelora_jax.engine.sequence import Sequence as EngineSequence
@@ -92,11 +93,16 @@ class LLM:
         runtime: RuntimeConfig | None = None,
         dtype: DTypeLike,
     ) -> None:
+        if runtime is not None and not isinstance(runtime, RuntimeConfig):
+            raise MoeLoraError(f"runtime must be a RuntimeConfig, not {runtime!r}")
         self.config = config
         self.runtime = runtime or RuntimeConfig()
         self._family = family
         self.runner = Runner(model, config, self.runtime, dtype)
         self.engine = Engine(self.runner)
+
+    def __repr__(self) -> str:
+        return f"LLM({self.config.architecture}, {len(self.adapters())} adapters)"
 
     @classmethod
     def load(
@@ -289,10 +295,15 @@ class LLM:
             RequestError: the batch is empty, or a row is invalid; nothing was run.
             CapacityError: a prompt and its new tokens are longer than the cache.
         """
-        if max_new_tokens < 1:
-            raise RequestError(f"max_new_tokens must be at least 1, not {max_new_tokens}")
-        stop = frozenset(self.config.eos_tokens if stop_tokens is None else stop_tokens)
-        sequences = self._sequences(prompts, max_new_tokens, sampling or Sampling(), stop)
+        check_max_new_tokens(max_new_tokens)
+        if sampling is not None and not isinstance(sampling, Sampling):
+            raise RequestError(f"sampling must be a Sampling, not {sampling!r}")
+        stop = self.config.eos_tokens if stop_tokens is None else stop_tokens
+        if not isinstance(stop, Sequence) or not all(isinstance(s, Integral) for s in stop):
+            raise RequestError(f"stop_tokens must be a sequence of token ids, not {stop!r}")
+        sequences = self._sequences(
+            prompts, max_new_tokens, sampling or Sampling(), frozenset(stop)
+        )
         self._run(sequences)
         return [
             Completion(
@@ -318,6 +329,8 @@ class LLM:
         sampling: Sampling,
         stop_tokens: frozenset[int],
     ) -> list[EngineSequence]:
+        if isinstance(prompts, Prompt):
+            raise RequestError("prompts is a sequence of rows; write [Prompt(...)]")
         if not prompts:
             raise RequestError("the batch is empty: give at least one prompt")
         sequences = []

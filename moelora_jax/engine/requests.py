@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from numbers import Integral
 from typing import Literal, NamedTuple
 
 import numpy as np
@@ -92,10 +93,15 @@ def check_tokens(
     return array.tolist()
 
 
+def check_max_new_tokens(count: object) -> None:
+    """Refuse what is no number of tokens: a sequence would never reach it."""
+    if not isinstance(count, Integral) or int(count) < 1:
+        raise RequestError(f"max_new_tokens must be at least 1, a whole number, not {count!r}")
+
+
 def check_options(request: Request) -> None:
     """Refuse options that make no sense with a RequestError."""
-    if request.max_new_tokens < 1:
-        raise RequestError(f"max_new_tokens must be at least 1, not {request.max_new_tokens}")
+    check_max_new_tokens(request.max_new_tokens)
     logprobs = request.num_logprobs
     if logprobs is not None and not 0 <= logprobs <= MAX_LOGPROBS:
         raise RequestError(f"num_logprobs must be between 0 and {MAX_LOGPROBS}, not {logprobs}")
