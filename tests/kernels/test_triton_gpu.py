@@ -7,7 +7,15 @@ import pytest
 
 from moelora_jax.config import MoeConfig
 from moelora_jax.moe import MoeParams, moe_experts, moe_workspace_shapes
-from moelora_kernels import ExpertGroups, dense_lora, route, sort_tokens, token_sort_shapes
+from moelora_kernels import (
+    ExpertGroups,
+    dense_lora,
+    route,
+    shrink,
+    sort_tokens,
+    token_sort_shapes,
+)
+from moelora_kernels.tuning.tiles import ShrinkTiles
 from tests.kernels import cases
 
 pytestmark = pytest.mark.gpu
@@ -92,6 +100,39 @@ def test_layer_against_float64(name: str, dtype: str, assignment: str) -> None:
         base_rows[case.num_tokens :] = True
         base = run(case, lora=False)
         assert out[base_rows].tobytes() == base[base_rows].tobytes()
+
+
+@pytest.mark.parametrize("max_pages", [1, 4])
+def test_runs_of_any_length_sum_a_row_alike(max_pages: int) -> None:
+    """A token's rank activations do not depend on how many others have its adapter."""
+    shape = cases.Shape(300, 2, 4, 320, 192, 16, max_pages)
+    case = cases.LayerCase(cases.LayerSpec(shape, dtype="bfloat16"))
+    pages = case.pages()
+    tiles = ShrinkTiles(block_k=128, num_warps=2, num_stages=3, run_rows=32, slots=4)
+
+    @jax.jit
+    def ranks(adapter_of_token):
+        sort = sort_tokens(
+            jnp.asarray(case.experts),
+            adapter_of_token,
+            case.device_num_tokens,
+            num_experts=shape.experts,
+            num_adapters=shape.adapters,
+            tile_rows=16,
+        )
+        sites, numbers = (pages.gate, pages.up), {"pairs": shape.pairs, "tile_rows": 16}
+        x = case.cast(case.x)
+        z = shrink(x, sort, sites, case.layer, top_k=shape.top_k, tiles=tiles, **numbers)
+        # Of pairs in their own order.
+        return z[:, sort.row_of_pair]
+
+    mixed = jnp.arange(shape.tokens, dtype=jnp.int32) % shape.adapters
+    among_others = np.asarray(ranks(mixed))
+    for adapter in range(shape.adapters):
+        # Runs of about nine rows in the mixed batch, and of more than a window here.
+        alone = np.asarray(ranks(jnp.full_like(mixed, adapter)))
+        own = np.repeat(np.asarray(mixed) == adapter, shape.top_k)
+        assert among_others[:, own].tobytes() == alone[:, own].tobytes()
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
