@@ -64,6 +64,7 @@ def measure(point: Point, product: str, budget_s: float, device: Device) -> dict
                 activation=config.activation if up else None,
                 sites=(),
                 rank_activations=None,
+                steps=None,
                 tiles=how,
                 out=ref,
             )

@@ -24,7 +24,7 @@ SHAPE = Shape(132, 1, 1, 192, 192, 5, 2)
 
 
 def main() -> None:
-    for module in (combine, expert_lora, mosaic, sort, triton_gather, triton_shrink):
+    for module in (combine, expert_lora, sort, triton_gather, triton_shrink):
         module.launch = interpret  # type: ignore[attr-defined]
     params = plgpu.InterpretGPUParams(detect_races=True)
     product: Any = mosaic.grouped_product

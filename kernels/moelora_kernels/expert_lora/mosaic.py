@@ -13,8 +13,8 @@ sums lie the other way around, which the stores to shared memory put right.
 LoRA is more steps of the same sums, before the others: those of gate, then those of up. In such a
 step the slot has four pages of B in place of the weights. In place of the rows it has their rank
 activations, which the loading warpgroup spreads so that a row meets the pages of its own adapter
-only. A small Triton kernel lists the pages of each tile. Pages of one number come together, for
-which the rank activations of all rows stay in registers.
+only. The launch that makes the rank activations lists the pages of each tile. Pages of one number
+come together, for which the rank activations of all rows stay in registers.
 
 The accelerator cannot gather rows, so gate_up reads a copy of ``x`` in sorted order.
 """
@@ -25,18 +25,23 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import triton
-import triton.language as tl
 from jax import Array, lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jax.typing import DTypeLike
 
-from moelora_kernels.backend import Launch, call_in_place, launch, scalar
+from moelora_kernels.backend import call_in_place, scalar
 from moelora_kernels.buffers import given_or_new
-from moelora_kernels.expert_lora.triton_expand import find_adapters, tile_adapters
 from moelora_kernels.expert_lora.triton_gather import gather_rows
-from moelora_kernels.expert_lora.triton_shrink import shrink
+from moelora_kernels.expert_lora.triton_shrink import shrink_and_list
+from moelora_kernels.expert_lora.triton_steps import (
+    ENDS,
+    PAGES,
+    STARTS,
+    STEP_FIELDS,
+    STEP_PAGES,
+    StepLists,
+)
 from moelora_kernels.tiles import max_tiles
 from moelora_kernels.tuning.tiles import MosaicTiles
 from moelora_kernels.types import PAGE_ROWS, RANK_PADDING, Buffer, SitePages, TokenSort
@@ -57,13 +62,6 @@ SIZE_STEP = 16
 STORE_ROWS = (64, 32)
 #: Bytes of shared memory for the slots and for the rows that are stored.
 SHARED_MEMORY = 224 * 1024
-#: Pages that are multiplied in one step.
-STEP_PAGES = BLOCK // PAGE_ROWS
-
-#: Numbers of one step in the list of steps: for each page the first of its rows in the tile, the
-#: end of its rows, and where it begins in the pool.
-STEP_FIELDS = 3 * STEP_PAGES
-STARTS, ENDS, PAGES = 0, STEP_PAGES, 2 * STEP_PAGES
 
 
 def gate_up(
@@ -84,10 +82,10 @@ def gate_up(
 ) -> Buffer:
     """See :func:`moelora_kernels.gate_up`. ``sorted_x`` is a buffer for the sorted copy of x."""
     require_sizes(tile_rows, x.dtype, weight.shape[-2], weight.shape[-1])
-    pairs = x.shape[0] * top_k
+    pairs, steps = x.shape[0] * top_k, None
     if sites is not None:
         rank_activations = padded(rank_activations, sites, pairs, x.dtype)
-        rank_activations = shrink(
+        rank_activations, steps = shrink_and_list(
             x,
             sort,
             sites,
@@ -95,6 +93,7 @@ def gate_up(
             pairs=pairs,
             top_k=top_k,
             tiles=tiles.shrink,
+            tile_rows=tile_rows,
             out=rank_activations,
         )
     return grouped_product(
@@ -108,6 +107,7 @@ def gate_up(
         activation=activation,
         sites=sites or (),
         rank_activations=rank_activations,
+        steps=steps,
         tiles=tiles,
         out=out,
     )
@@ -132,10 +132,10 @@ def down(
     require_sizes(tile_rows, hidden.dtype, weight.shape[-2], weight.shape[-1])
     if dtype != hidden.dtype:
         raise ValueError(f"Mosaic's kernel cannot write {dtype} for {hidden.dtype}")
-    sites = () if site is None else (site,)
+    sites, steps = () if site is None else (site,), None
     if sites:
         rank_activations = padded(rank_activations, sites, pairs, hidden.dtype)
-        rank_activations = shrink(
+        rank_activations, steps = shrink_and_list(
             hidden,
             sort,
             sites,
@@ -143,6 +143,7 @@ def down(
             pairs=pairs,
             top_k=None,
             tiles=tiles.shrink,
+            tile_rows=tile_rows,
             out=rank_activations,
         )
     return grouped_product(
@@ -156,6 +157,7 @@ def down(
         activation=None,
         sites=sites,
         rank_activations=rank_activations,
+        steps=steps,
         tiles=tiles,
         out=out,
     )
@@ -173,48 +175,6 @@ def padded(
     return given_or_new(given, (len(sites), rows, sites[0].max_rank), dtype)
 
 
-def lora_steps(
-    sort: TokenSort, sites: Sequence[SitePages], layer: Array, *, num_tiles: int, tile_rows: int
-) -> tuple[Buffer, Buffer]:
-    """The LoRA steps of every tile, int32.
-
-    Returns:
-        ``[tiles, sites * pages]``: the end of the steps of each site's pages of each number; and
-        the steps, ``[tiles, > most, STEP_FIELDS]``.
-    """
-    _, _, adapters, pages, experts = sites[0].table.shape
-    # One more, which may be read.
-    most = len(sites) * pages * triton.cdiv(min(adapters, tile_rows), STEP_PAGES) + 1
-    second = sites[1] if len(sites) == 2 else None
-    ends, steps = launch(
-        list_steps,
-        (
-            sort.expert_tiles,
-            sort.group_of_row,
-            scalar(layer),
-            sites[0].table,
-            None if second is None else second.table,
-        ),
-        [
-            jax.ShapeDtypeStruct((num_tiles, len(sites) * pages), jnp.int32),
-            jax.ShapeDtypeStruct((num_tiles, most, STEP_FIELDS), jnp.int32),
-        ],
-        None,
-        Launch((num_tiles,)),
-        NUM_EXPERTS=experts,
-        NUM_ADAPTERS=adapters,
-        MAX_PAGES=pages,
-        MOST=most,
-        LANES=triton.next_power_of_2(tile_rows),
-        PAGE_ROWS=PAGE_ROWS,
-        STEP_PAGES=STEP_PAGES,
-        SITES=len(sites),
-        POOL_0=sites[0].b_pool.shape[0],
-        POOL_1=0 if second is None else second.b_pool.shape[0],
-    )
-    return ends, steps
-
-
 def grouped_product(
     rows: Buffer,
     weight: Array,
@@ -227,9 +187,9 @@ def grouped_product(
     activation: str | None,
     sites: Sequence[SitePages],
     rank_activations: Buffer | None,
+    steps: StepLists | None,
     tiles: MosaicTiles,
     out: Buffer | None,
-    steps: tuple[Buffer, Buffer] | None = None,
     interpret: Any = None,
 ) -> Buffer:
     """Products of sorted rows with the matrices of their experts, LoRA added.
@@ -246,9 +206,9 @@ def grouped_product(
         activation: None for a plain product.
         sites: pages of each part; none for the base model.
         rank_activations: ``[parts, >= pairs, >= max_rank]``, with ``sites``.
+        steps: of the tiles, with ``sites``.
         tiles: launch parameters.
         out: ``[>= pairs, width]`` or None.
-        steps: of :func:`lora_steps`; None makes them.
         interpret: parameters of Pallas' interpreter, for tests.
 
     Returns:
@@ -278,8 +238,7 @@ def grouped_product(
     max_pages = 0
     if sites:
         max_pages = sites[0].table.shape[3]
-        assert rank_activations is not None
-        steps = steps or lora_steps(sort, sites, layer, num_tiles=num_tiles, tile_rows=tile_rows)
+        assert rank_activations is not None and steps is not None
         pools = (site.b_pool.reshape(-1, width) for site in sites)
         lora_inputs = (*steps, rank_activations, *pools)
     bias_inputs = () if bias is None else (bias.reshape(-1),)
@@ -654,91 +613,3 @@ def activate(gate: Array, up: Array, activation: str) -> Array:
         return gate / (1.0 + jnp.exp(-gate)) * up
     gate, up = jnp.minimum(gate, 7.0), jnp.minimum(jnp.maximum(up, -7.0), 7.0)
     return (up + 1.0) * gate / (1.0 + jnp.exp(-1.702 * gate))
-
-
-@triton.jit
-def list_steps(
-    tiles_ptr,
-    group_ptr,
-    layer_ptr,
-    table_0_ptr,
-    table_1_ptr,
-    ends_ptr,
-    steps_ptr,
-    NUM_EXPERTS: tl.constexpr,
-    NUM_ADAPTERS: tl.constexpr,
-    MAX_PAGES: tl.constexpr,
-    MOST: tl.constexpr,
-    LANES: tl.constexpr,
-    PAGE_ROWS: tl.constexpr,
-    STEP_PAGES: tl.constexpr,
-    SITES: tl.constexpr,
-    POOL_0: tl.constexpr,
-    POOL_1: tl.constexpr,
-):
-    """The LoRA steps of one tile per program.
-
-    A step has the pages of one site and of one number that adapters next to each other in the tile
-    have.
-    """
-    tile = tl.program_id(0)
-    expert = tl.load(tiles_ptr + tile * 3)
-    if expert >= 0:
-        first, end = tl.load(tiles_ptr + tile * 3 + 1), tl.load(tiles_ptr + tile * 3 + 2)
-        lane = tl.arange(0, LANES)
-        rows = first + lane
-        adapter, slot, num_slots = tile_adapters(
-            first, rows, rows < end, expert, group_ptr, NUM_ADAPTERS
-        )
-        table = (tl.load(layer_ptr) * 2 + 1) * NUM_ADAPTERS * MAX_PAGES * NUM_EXPERTS + expert
-        ends_ptr += tile * SITES * MAX_PAGES
-        steps_ptr += tile * MOST * (3 * STEP_PAGES)
-        count = list_site_steps(
-            tl.full([], 0, tl.int32), lane, adapter, slot, num_slots, table_0_ptr + table, ends_ptr,
-            steps_ptr, NUM_EXPERTS, MAX_PAGES, LANES, PAGE_ROWS, STEP_PAGES, POOL_0,
-        )  # fmt: skip
-        if table_1_ptr is not None:
-            list_site_steps(
-                count, lane, adapter, slot, num_slots, table_1_ptr + table, ends_ptr + MAX_PAGES,
-                steps_ptr, NUM_EXPERTS, MAX_PAGES, LANES, PAGE_ROWS, STEP_PAGES, POOL_1,
-            )  # fmt: skip
-
-
-@triton.jit
-def list_site_steps(
-    count,
-    lane,
-    adapter,
-    slot,
-    num_slots,
-    table_ptr,
-    ends_ptr,
-    steps_ptr,
-    NUM_EXPERTS: tl.constexpr,
-    MAX_PAGES: tl.constexpr,
-    LANES: tl.constexpr,
-    PAGE_ROWS: tl.constexpr,
-    STEP_PAGES: tl.constexpr,
-    POOL: tl.constexpr,
-):
-    """Add the steps of one site to ``count`` others, and return how many there are then.
-
-    Where an adapter has no page, one past the pool is named, which loads find zeros in.
-    """
-    number = tl.arange(0, STEP_PAGES)
-    for page in range(MAX_PAGES):
-        for first_slot in range(0, num_slots, STEP_PAGES):
-            step_adapter, mine = find_adapters(first_slot, adapter, slot, STEP_PAGES)
-            entry_ptrs = table_ptr + (step_adapter * MAX_PAGES + page) * NUM_EXPERTS
-            pool_row = tl.load(entry_ptrs, mask=step_adapter >= 0, other=-1)
-            if tl.max(pool_row, 0) >= 0:
-                start = tl.min(tl.where(mine, lane[:, None], LANES), 0)
-                stop = tl.max(tl.where(mine, lane[:, None] + 1, 0), 0)
-                step_ptrs = steps_ptr + count * (3 * STEP_PAGES) + number
-                tl.store(step_ptrs, start)
-                tl.store(step_ptrs + STEP_PAGES, tl.where(pool_row >= 0, stop, start))
-                pool_row = tl.where(pool_row >= 0, pool_row, POOL)
-                tl.store(step_ptrs + 2 * STEP_PAGES, pool_row * PAGE_ROWS)
-                count += 1
-        tl.store(ends_ptr + page, count)
-    return count

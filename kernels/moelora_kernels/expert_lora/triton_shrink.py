@@ -16,6 +16,7 @@ from jax import Array
 
 from moelora_kernels.backend import Launch, launch, precision, scalar
 from moelora_kernels.expert_lora.triton_expand import spread
+from moelora_kernels.expert_lora.triton_steps import STEP_PAGES, StepLists, list_steps
 from moelora_kernels.tuning.tiles import ShrinkTiles
 from moelora_kernels.types import PAGE_ROWS, Buffer, SitePages, TokenSort
 
@@ -41,49 +42,103 @@ def shrink(
     out: Buffer | None,
 ) -> Buffer:
     """See :func:`moelora_kernels.shrink`."""
+    if tiles.run_rows > 0:
+        return _shrink_runs(x, sort, sites, layer, pairs, top_k, tiles, None, out)[0]
     shape = (len(sites), pairs, sites[0].max_rank) if out is None else out.shape
-    rows = (sort.order, sort.group_of_row)
-    inputs = (x, *rows, scalar(layer), *_factors(sites))
-    constants: dict[str, Any] = {
+    inputs = (x, sort.order, sort.group_of_row, scalar(layer), *_factors(sites))
+    constants = _constants(x, sites, shape, top_k)
+    outputs = [jax.ShapeDtypeStruct(shape, x.dtype)]
+    refs = None if out is None else [out]
+    how = Launch((pairs * len(sites),), tiles.num_warps, tiles.num_stages)
+    return launch(shrink_rows, inputs, outputs, refs, how, **constants)[0]
+
+
+def shrink_and_list(
+    x: Buffer,
+    sort: TokenSort,
+    sites: Sequence[SitePages],
+    layer: Array,
+    *,
+    pairs: int,
+    top_k: int | None,
+    tiles: ShrinkTiles,
+    tile_rows: int,
+    out: Buffer | None,
+) -> tuple[Buffer, StepLists]:
+    """Rank activations, and the steps in which tiles of ``tile_rows`` rows add ``z · B``."""
+    ranks, *lists = _shrink_runs(x, sort, sites, layer, pairs, top_k, tiles, tile_rows, out)
+    return ranks, StepLists(*lists)
+
+
+def _shrink_runs(
+    x: Buffer,
+    sort: TokenSort,
+    sites: Sequence[SitePages],
+    layer: Array,
+    pairs: int,
+    top_k: int | None,
+    tiles: ShrinkTiles,
+    tile_rows: int | None,
+    out: Buffer | None,
+) -> tuple[Buffer, ...]:
+    """Rank activations by runs; with ``tile_rows``, lists of steps as well."""
+    shape = (len(sites), pairs, sites[0].max_rank) if out is None else out.shape
+    constants = _constants(x, sites, shape, top_k)
+    lists = [] if tile_rows is None else StepLists.shapes(sites, pairs, tile_rows)
+    list_programs, most_steps = (lists[1].shape[:2]) if lists else (0, 0)
+    pages = min(constants["PAGE_LANES"], STACK_PAGES // len(sites))
+    if pages * len(sites) > 2:  # More pages make a step wider and give more warps work.
+        tiles = replace(tiles, block_k=128, num_warps=4, num_stages=3)
+    # Experts may share A of an adapter, which tokens are then multiplied with, not pairs.
+    tokens = 0 if top_k is None or constants["NUM_EXPERTS"] == 1 else pairs // top_k
+    token_programs = triton.cdiv(tokens, CHUNK_TOKENS) * CHUNK_PROGRAMS
+    windows = triton.cdiv(pairs, tiles.run_rows) * tiles.slots
+    constants |= {
+        "BLOCK_K": min(tiles.block_k, triton.next_power_of_2(x.shape[1])),
+        "PAIRS": pairs,
+        "RUN_ROWS": tiles.run_rows,
+        "PAGES": pages,
+        "SLOTS": tiles.slots,
+        "PRECISION": precision(x.dtype),
+        "LIST_PROGRAMS": list_programs,
+        "MOST_STEPS": most_steps,
+        "TILE_LANES": triton.next_power_of_2(tile_rows or 1),
+        "STEP_PAGES": STEP_PAGES,
+        "POOL_0": sites[0].b_pool.shape[0],
+        "POOL_1": sites[-1].b_pool.shape[0],
+        "TOKEN_PROGRAMS": token_programs,
+        "CHUNK_TOKENS": CHUNK_TOKENS,
+        "CHUNK_PROGRAMS": CHUNK_PROGRAMS,
+        "ADAPTERS_POW2": max(triton.next_power_of_2(constants["NUM_ADAPTERS"] + 1), 16),
+        "EXPERTS_POW2": triton.next_power_of_2(constants["NUM_EXPERTS"]),
+    }
+    if not lists:
+        constants |= {"ends_ptr": None, "steps_ptr": None}
+    programs = list_programs + token_programs + windows
+    how = Launch(
+        (programs, triton.cdiv(constants["MAX_PAGES"], pages)), tiles.num_warps, tiles.num_stages
+    )
+    inputs = (
+        *(x, sort.order, sort.group_of_row, sort.row_of_pair, sort.expert_tiles, scalar(layer)),
+        *_factors(sites),
+    )
+    ranks = [jax.ShapeDtypeStruct(shape, x.dtype)] if out is None else []
+    written = () if out is None else (out,)
+    made = launch(shrink_runs, (*inputs, *written), [*ranks, *lists], None, how, **constants)
+    return (*written, *made)
+
+
+def _constants(
+    x: Buffer, sites: Sequence[SitePages], shape: Sequence[int], top_k: int | None
+) -> dict[str, Any]:
+    """Compile-time parameters of both forms, whose output has a ``shape``."""
+    return {
         "TOP_K": 0 if top_k is None else top_k,
+        "SITES": len(sites),
         "Z_ROWS": shape[1],
         "Z_COLUMNS": shape[2],
         **shrink_constants(x, sites),
     }
-    grid: tuple[int, ...]
-    if tiles.run_rows == 0:
-        kernel, grid = shrink_rows, (pairs * len(sites),)
-        constants["SITES"] = len(sites)
-    else:
-        kernel = shrink_runs
-        pages = min(constants["PAGE_LANES"], STACK_PAGES // len(sites))
-        stack = pages * len(sites)
-        windows = triton.cdiv(pairs, tiles.run_rows) * tiles.slots
-        # Experts may share A of an adapter, which tokens are then multiplied with, not pairs.
-        tokens = 0 if top_k is None or constants["NUM_EXPERTS"] == 1 else pairs // top_k
-        token_programs = triton.cdiv(tokens, CHUNK_TOKENS) * CHUNK_PROGRAMS
-        inputs = (x, *rows, sort.row_of_pair, *inputs[3:])
-        grid = (token_programs + windows, triton.cdiv(constants["MAX_PAGES"], pages))
-        if stack > 2:  # More pages make a step wider and give more warps work.
-            tiles = replace(tiles, block_k=128, num_warps=4, num_stages=3)
-        constants |= {
-            "BLOCK_K": min(tiles.block_k, triton.next_power_of_2(x.shape[1])),
-            "PAIRS": pairs,
-            "RUN_ROWS": tiles.run_rows,
-            "SITES": len(sites),
-            "PAGES": pages,
-            "SLOTS": tiles.slots,
-            "PRECISION": precision(x.dtype),
-            "TOKEN_PROGRAMS": token_programs,
-            "CHUNK_TOKENS": CHUNK_TOKENS,
-            "CHUNK_PROGRAMS": CHUNK_PROGRAMS,
-            "ADAPTERS_POW2": max(triton.next_power_of_2(constants["NUM_ADAPTERS"] + 1), 16),
-            "EXPERTS_POW2": triton.next_power_of_2(constants["NUM_EXPERTS"]),
-        }
-    outputs = [jax.ShapeDtypeStruct(shape, x.dtype)]
-    refs = None if out is None else [out]
-    how = Launch(grid, num_warps=tiles.num_warps, num_stages=tiles.num_stages)
-    return launch(kernel, inputs, outputs, refs, how, **constants)[0]
 
 
 def _factors(sites: Sequence[SitePages]) -> tuple[Array | None, ...]:
@@ -235,6 +290,7 @@ def shrink_runs(
     order_ptr,
     group_ptr,
     row_of_pair_ptr,
+    tiles_ptr,
     layer_ptr,
     pool_0_ptr,
     table_0_ptr,
@@ -243,6 +299,8 @@ def shrink_runs(
     table_1_ptr,
     scaling_1_ptr,
     z_ptr,
+    ends_ptr,
+    steps_ptr,
     WIDTH: tl.constexpr,
     TOP_K: tl.constexpr,
     NUM_EXPERTS: tl.constexpr,
@@ -259,20 +317,35 @@ def shrink_runs(
     PAGES: tl.constexpr,
     SLOTS: tl.constexpr,
     PRECISION: tl.constexpr,
+    LIST_PROGRAMS: tl.constexpr,
+    MOST_STEPS: tl.constexpr,
+    TILE_LANES: tl.constexpr,
+    STEP_PAGES: tl.constexpr,
+    POOL_0: tl.constexpr,
+    POOL_1: tl.constexpr,
     TOKEN_PROGRAMS: tl.constexpr,
     CHUNK_TOKENS: tl.constexpr,
     CHUNK_PROGRAMS: tl.constexpr,
     ADAPTERS_POW2: tl.constexpr,
     EXPERTS_POW2: tl.constexpr,
 ):
-    """The first ``TOKEN_PROGRAMS`` programs shrink tokens, the others rows of (token, expert).
+    """The first programs list the steps of tiles, the next shrink tokens, the last runs of rows.
 
     A token whose adapter has the same pages for all experts is shrunk once, and its rank
     activations are written to the rows of all of its experts.
     """
-    program = tl.program_id(0)
     layer = tl.load(layer_ptr)
-    if program >= TOKEN_PROGRAMS:
+    program = tl.program_id(0) - LIST_PROGRAMS
+    if program < 0:
+        if LIST_PROGRAMS > 0:
+            if tl.program_id(1) == 0:
+                list_steps(
+                    program + LIST_PROGRAMS, tiles_ptr, group_ptr, layer, table_0_ptr,
+                    table_1_ptr, ends_ptr, steps_ptr,
+                    NUM_EXPERTS, NUM_ADAPTERS, MAX_PAGES, MOST_STEPS, TILE_LANES, PAGE_ROWS,
+                    STEP_PAGES, SITES, POOL_0, POOL_1,
+                )  # fmt: skip
+    elif program >= TOKEN_PROGRAMS:
         shrink_window(
             program - TOKEN_PROGRAMS, x_ptr, order_ptr, group_ptr, layer,
             pool_0_ptr, table_0_ptr, scaling_0_ptr, pool_1_ptr, table_1_ptr, scaling_1_ptr, z_ptr,
