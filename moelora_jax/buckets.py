@@ -282,6 +282,15 @@ class CompileReport:
         )
 
 
+#: Of a decode step: its loop over layers is part of the one command buffer, unrolled. So the host
+#: launches one for a step and not one for each layer. What is no GPU takes no notice.
+_DECODE_OPTIONS = {
+    "xla_gpu_enable_command_buffer": "FUSION,CUBLAS,CUBLASLT,CUSTOM_CALL,CUDNN,"
+    "DYNAMIC_SLICE_FUSION,CONDITIONAL,WHILE",
+    "xla_gpu_command_buffer_unroll_loops": True,
+}
+
+
 class Programs:
     """The compiled programs of a model, by key.
 
@@ -333,7 +342,8 @@ class Programs:
                 bar.update(task, description=f"{key.kind} {key.bucket.tokens} tokens, {adapters}")
                 function = jax.jit(self._build(key), donate_argnums=0)
                 lowered = function.lower(*self._arguments(key))
-                compiling.append(threads.submit(lowered.compile))
+                options = _DECODE_OPTIONS if key.kind == "decode" else None
+                compiling.append(threads.submit(lowered.compile, options))
                 compiling[-1].add_done_callback(lambda _: bar.advance(task))
             bar.update(task, description="")
             for key, future in zip(missing, compiling, strict=True):
