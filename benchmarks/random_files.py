@@ -28,7 +28,7 @@ from moelora_jax.config import LoraSite, ModelConfig
 from moelora_jax.errors import CheckpointError
 from moelora_jax.files import new_folder
 from moelora_jax.models import ModelFamily, family_of
-from moelora_jax.models.checkpoint import Parameter
+from moelora_jax.models.parameters import Parameter
 
 _YARN = {
     "rope_type": "yarn",

@@ -5,6 +5,13 @@ class MoeLoraError(ValueError):
     """Base class of all errors that this package raises on bad input."""
 
 
+class MissingPackageError(MoeLoraError):
+    """A package is not installed that one of this project's extras brings."""
+
+    def __init__(self, what: object, extra: str) -> None:
+        super().__init__(f"{what}: pip install '.[{extra}]' in the project's folder")
+
+
 class CheckpointError(MoeLoraError):
     """A base checkpoint folder is incomplete, damaged or of an unsupported model."""
 

@@ -146,7 +146,9 @@ def test_missing_packages_are_named(folder: Path, monkeypatch: pytest.MonkeyPatc
         importlib.util, "find_spec", lambda name: None if name == "peft" else found(name)
     )
     message = error("parity", "--model", folder / "model")
-    assert message == "error: PEFT must be installed: pip install 'moelora-jax[torch]'"
+    assert (
+        message == "error: PEFT must be installed: pip install '.[torch]' in the project's folder"
+    )
 
 
 def test_what_pytorch_cannot_do(folder: Path, tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ import logging
 import os
 import warnings
 from collections.abc import Callable, Sequence
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
@@ -58,7 +58,12 @@ class Tiled(NamedTuple):
 
 def choose(implementation: Implementation | None) -> Implementation:
     """``implementation``, or what suits the default device where it is None."""
-    return default_implementation() if implementation is None else implementation
+    if implementation is None:
+        return default_implementation()
+    if implementation not in get_args(Implementation):
+        names = " or ".join(get_args(Implementation))
+        raise ValueError(f"implementation must be {names}, or None, not {implementation!r}")
+    return implementation
 
 
 @functools.cache

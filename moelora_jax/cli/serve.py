@@ -26,7 +26,7 @@ from moelora_jax.cli.sizes import (
     PoolRankOption,
 )
 from moelora_jax.engine.async_engine import AsyncEngine
-from moelora_jax.errors import MoeLoraError
+from moelora_jax.errors import MissingPackageError, MoeLoraError
 from moelora_jax.models import read_model_config
 
 if TYPE_CHECKING:
@@ -143,9 +143,7 @@ def serve(
         from moelora_jax.server.generation import Limits
         from moelora_jax.server.text import TextModel
     except ModuleNotFoundError as cause:
-        raise MoeLoraError(
-            f"{cause}: the server needs more packages: pip install 'moelora-jax[serve]'"
-        ) from cause
+        raise MissingPackageError(f"{cause}; the server needs more packages", "serve") from cause
 
     # The cheapest checks come first.
     folders = parse_adapters(adapter or [], layout or [])

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from moelora_jax.errors import MoeLoraError
+from moelora_jax.errors import MissingPackageError, MoeLoraError
 from moelora_jax.load_test.runner import Outcome
 
 PERCENTILES = (50, 90, 95, 99)
@@ -106,12 +106,13 @@ def plot(outcomes: Sequence[Outcome], path: Path) -> None:
         path: where to; its ending tells the format, such as ``.png`` or ``.svg``.
 
     Raises:
-        MoeLoraError: matplotlib is not installed, or does not know the format.
+        MissingPackageError: matplotlib is not installed.
+        MoeLoraError: matplotlib does not know the format.
     """
     try:
         from matplotlib.figure import Figure
     except ModuleNotFoundError as cause:
-        raise MoeLoraError(f"{cause}: plots need it: pip install 'moelora-jax[bench]'") from cause
+        raise MissingPackageError(f"{cause}; plots need it", "bench") from cause
 
     finished = [outcome for outcome in outcomes if outcome.error is None]
     figure = Figure(figsize=(12, 3.5), layout="constrained")

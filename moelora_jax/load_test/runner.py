@@ -12,7 +12,7 @@ from typing import Any, Protocol
 
 from moelora_jax.engine.async_engine import AsyncEngine
 from moelora_jax.engine.requests import Request
-from moelora_jax.errors import MoeLoraError, RequestError
+from moelora_jax.errors import MissingPackageError, MoeLoraError, RequestError
 from moelora_jax.load_test.workload import PlannedRequest
 
 
@@ -112,9 +112,8 @@ class ServerTarget(AbstractAsyncContextManager["ServerTarget"]):
         try:
             import aiohttp
         except ModuleNotFoundError as cause:
-            raise MoeLoraError(
-                f"{cause}: loading a server needs more packages: pip install 'moelora-jax[bench]'"
-            ) from cause
+            what = f"{cause}; loading a server needs more packages"
+            raise MissingPackageError(what, "bench") from cause
         # As many connections as requests: the load must not wait for one. Many servers close those
         # that are idle for 5 seconds; a request must not meet one that is just being closed.
         self._session = aiohttp.ClientSession(

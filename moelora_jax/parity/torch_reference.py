@@ -16,7 +16,7 @@ import numpy as np
 
 from moelora_jax.engine.llm import Prompt
 from moelora_jax.engine.trace import Trace
-from moelora_jax.errors import AdapterError, CheckpointError, MoeLoraError
+from moelora_jax.errors import AdapterError, CheckpointError, MissingPackageError, MoeLoraError
 from moelora_jax.models.orbax_checkpoint import is_orbax
 from moelora_jax.parity.comparison import GreedyTokens
 
@@ -25,14 +25,12 @@ def require_torch() -> None:
     """Check that PyTorch, transformers and PEFT are installed.
 
     Raises:
-        MoeLoraError: naming those that are not, and how to install them.
+        MissingPackageError: naming those that are not, and how to install them.
     """
     wanted = {"torch": "PyTorch", "transformers": "transformers", "peft": "PEFT"}
     missing = [name for module, name in wanted.items() if not importlib.util.find_spec(module)]
     if missing:
-        raise MoeLoraError(
-            f"{' and '.join(missing)} must be installed: pip install 'moelora-jax[torch]'"
-        )
+        raise MissingPackageError(f"{' and '.join(missing)} must be installed", "torch")
 
 
 def trace_torch_rows(

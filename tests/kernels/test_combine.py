@@ -1,5 +1,7 @@
 """Combine against NumPy float64."""
 
+from typing import Any
+
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -83,3 +85,12 @@ def test_an_out_that_does_not_fit_raises(shape: tuple[int, ...], dtype: str, mes
             to_device(case.weights, "float32"),
             case.token_sort(16),
         )
+
+
+@pytest.mark.usefixtures("unchecked")
+def test_an_implementation_that_does_not_exist_is_refused() -> None:
+    case = LayerCase(LayerSpec(TOP_8, dtype="float32"))
+    outputs, weights = to_device(outputs_of(case), "float32"), to_device(case.weights, "float32")
+    unknown: Any = "pallas"
+    with pytest.raises(ValueError, match="must be reference or triton, or None, not 'pallas'"):
+        combine(outputs, weights, case.token_sort(16), dtype=jnp.float32, implementation=unknown)
