@@ -121,6 +121,11 @@ class PoolUsage(NamedTuple):
         """Bytes of all pages."""
         return self.total_pages * self.page_bytes
 
+    @property
+    def used_bytes(self) -> int:
+        """Bytes of the pages that belong to a slot."""
+        return self.used_pages * self.page_bytes
+
 
 class PageAllocator:
     """Which rows of a pool are free. The lowest go first, so equal histories give equal rows."""

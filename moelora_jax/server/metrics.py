@@ -136,18 +136,17 @@ class _EngineCollector(Collector):
                 "adapter",
                 {name: getattr(counters, field) for name, counters in traffic.items()},
             )
-        used = {pool.width: pool.used_pages * pool.page_bytes for pool in stats.pools}
         for state, values in (
-            ("used", used),
-            ("free", {pool.width: pool.total_bytes - used[pool.width] for pool in stats.pools}),
+            ("used", [pool.used_bytes for pool in stats.pools]),
+            ("free", [pool.total_bytes - pool.used_bytes for pool in stats.pools]),
         ):
             pools = GaugeMetricFamily(
                 f"moelora_pool_{state}_bytes",
                 f"Bytes of adapter pages that are {state}, by the pages' width.",
                 labels=["width"],
             )
-            for width, value in values.items():
-                pools.add_metric([str(width)], value)
+            for pool, value in zip(stats.pools, values, strict=True):
+                pools.add_metric([str(pool.width)], value)
             yield pools
 
 
