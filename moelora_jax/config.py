@@ -339,6 +339,8 @@ class LoraConfig:
         optional_sites: names of optional sites that get them, too: ``router``, ``embed_tokens``,
             ``lm_head``. Each costs launches in every step with LoRA. Pages of the last two are as
             wide as the vocabulary, so they take megabytes.
+        max_host_bytes: host memory that all loaded adapters may take together, those that are not
+            on the device included; None for no limit.
     """
 
     max_adapters: int = 8
@@ -346,9 +348,12 @@ class LoraConfig:
     pool_rank: int = 16
     sites: tuple[str, ...] | None = None
     optional_sites: tuple[str, ...] = ()
+    max_host_bytes: int | None = None
 
     def __post_init__(self) -> None:
         _check_counts(self, "max_adapters", "max_rank", "pool_rank")
+        if self.max_host_bytes is not None:
+            _check_counts(self, "max_host_bytes")
         for name in ("sites", "optional_sites"):
             value = getattr(self, name)
             if not isinstance(value, tuple) and not (name == "sites" and value is None):

@@ -1,6 +1,7 @@
 """The command: what it prints and writes, and that bad input is one clear line."""
 
 import json
+import os
 import re
 import shlex
 from collections.abc import Iterator
@@ -32,6 +33,7 @@ from moelora_jax.cli.demo_files import (
 )
 from moelora_jax.cli.limits import changed_optional_sites, derive_lora
 from moelora_jax.cli.rows import read_rows
+from moelora_jax.cli.sizes import host_memory
 from moelora_jax.models import family_of
 from moelora_jax.models.tokenizer import read_tokenizer
 from tests.tiny_llm import random_adapter as tiny_llm_adapter
@@ -481,6 +483,18 @@ def test_serve_refuses_a_rank_before_it_loads_the_model(folder: Path) -> None:
     assert result.exit_code == 1
     assert result.stderr.endswith("error: --adapter a: rank 24 is above --max-rank 16\n")
     assert "Loading model" not in result.stderr
+
+
+def test_serve_limits_the_host_memory_of_adapters(folder: Path) -> None:
+    adapter = ("--adapter", f"a={folder}/adapters/experts-r24", "--max-running", 1, "--port", 0)
+    serve = ("serve", "--model", folder / "model", *adapter, "--adapter-host-memory")
+    result = run(*serve, "9kB")
+    assert result.exit_code == 1
+    assert "more than the 9,000 that adapters may take" in " ".join(result.stderr.split())
+    assert "Serving" not in result.stderr
+    message = error(*serve, "lots")
+    assert message.endswith("--adapter-host-memory lots: write a size such as 141GB or 80GiB")
+    assert 2**20 < host_memory() <= os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,7 @@
 """The registry: names, what is resident when, and that an error changes nothing."""
 
+from dataclasses import replace
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -30,7 +32,7 @@ def adapter(rank: int = 8, value: float = 1.0) -> Adapter:
 
 
 def registry(lora: LoraConfig = LORA) -> AdapterRegistry:
-    return AdapterRegistry(PagePool([SITE], lora, jnp.float32))
+    return AdapterRegistry(PagePool([SITE], lora, jnp.float32), max_host_bytes=lora.max_host_bytes)
 
 
 def value_in_slot(pool: PagePool, slot: int) -> float:
@@ -248,6 +250,36 @@ def test_a_failed_load_changes_nothing(
     with pytest.raises(error):
         adapters.load(name, version)
     assert snapshot(adapters) == before
+
+
+def test_host_memory_is_limited() -> None:
+    size = registry().pool.pack(adapter()).num_bytes
+    adapters = registry(replace(LORA, max_host_bytes=2 * size))
+    adapters.load("a", adapter())
+    adapters.install("b", adapters.pool.pack(adapter()))
+    before = snapshot(adapters)
+    for load in (
+        lambda: adapters.load("c", adapter()),
+        lambda: adapters.install("c", adapters.pool.pack(adapter())),
+        lambda: adapters.load("a", adapter(rank=17)),
+    ):
+        with pytest.raises(CapacityError, match=r"max_host_bytes"):
+            load()
+        assert snapshot(adapters) == before
+    adapters.load("a", adapter(value=2.0))  # In place of the old one, which leaves.
+
+    # As long as the old version runs, both are there.
+    version = adapters.current("a")
+    adapters.hold(version)
+    new = adapters.pool.pack(adapter(value=3.0))
+    with pytest.raises(CapacityError, match=f"{size:,} bytes of host memory; beside the"):
+        adapters.install("a", new)
+    adapters.unload("b")
+    adapters.install("a", new)
+    with pytest.raises(CapacityError, match=r"of 2 others"):
+        adapters.load("b", adapter())
+    adapters.release(version)
+    adapters.load("b", adapter())
 
 
 @pytest.mark.usefixtures("unchecked")

@@ -266,6 +266,20 @@ def test_a_rank_above_the_limit(server: Served) -> None:
     shutil.rmtree(folder)
 
 
+def test_host_memory_for_adapters_is_limited(
+    server: Served, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    models = server.request("GET", "/v1/models", key=EVERYTHING)
+    taken = int(server.metrics(ADMIN)["moelora_adapter_host_bytes"])
+    assert taken == sum(info.host_bytes for info in server.llm.adapters()) > 0
+    monkeypatch.setattr(server.llm.runner.registry, "max_host_bytes", taken)
+    message = refused(load(server, "more", "experts-r8"), 400, "capacity_exceeded")
+    assert "unload some" in message
+    assert server.request("GET", "/v1/models", key=EVERYTHING) == models
+    assert load(server, "experts-r8", "experts-r8", load_inplace=True)[0] == 200
+    assert complete(server, "experts-r8", EVERYTHING) == 200
+
+
 # Limits of bodies.
 
 

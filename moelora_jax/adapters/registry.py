@@ -103,12 +103,14 @@ class AdapterRegistry:
 
     Attributes:
         pool: the device memory; nothing else may write to it.
+        max_host_bytes: host memory that the adapters may take; None for no limit.
         counters: what was done so far.
     """
 
-    def __init__(self, pool: PagePool) -> None:
+    def __init__(self, pool: PagePool, *, max_host_bytes: int | None = None) -> None:
         """An empty registry over an empty pool."""
         self.pool = pool
+        self.max_host_bytes = max_host_bytes
         self.counters = Counters()
         self._entries: dict[str, AdapterVersion] = {}  # least recently used first
         self._numbers = itertools.count(1)
@@ -154,12 +156,13 @@ class AdapterRegistry:
         Raises:
             RequestError: the name is not a valid one.
             AdapterError: the adapter is not valid for the pool; see :meth:`PagePool.pack`.
-            CapacityError: its rank is too high, or it is to be pinned and does not fit on the
-                device beside the other pinned adapters.
+            CapacityError: its rank is too high, host memory has no room for it, or it is to be
+                pinned and does not fit on the device beside the other pinned adapters.
         """
         _check_name(name)
         self.finish_write()
         packed = self.pool.pack(adapter)
+        self._check_host_memory(name, packed)
         old = self._entries.get(name)
         version = self._version(name, packed, pin)
         try:
@@ -204,10 +207,11 @@ class AdapterRegistry:
 
         Raises:
             RequestError: the name is not a valid one.
-            CapacityError: it is to be pinned and does not fit on the device beside the other
-                pinned adapters, even once no other is held.
+            CapacityError: host memory has no room for it, or it is to be pinned and does not fit on
+                the device beside the other pinned adapters, even once no other is held.
         """
         _check_name(name)
+        self._check_host_memory(name, packed)
         old = self._entries.get(name)
         version = self._version(name, packed, pin)
         if version.pinned:
@@ -368,6 +372,20 @@ class AdapterRegistry:
         version.slot = None
         if version in self._replaced:
             self._replaced.remove(version)
+
+    def _check_host_memory(self, name: str, packed: PackedAdapter) -> None:
+        """Raises CapacityError if host memory has no room for an adapter under a name."""
+        if self.max_host_bytes is None:
+            return
+        # A version that is held stays in host memory, too, after it has been replaced.
+        kept = [v for v in self._entries.values() if v.name != name or v.users] + self._replaced
+        taken = sum(version.packed.num_bytes for version in kept)
+        if taken + packed.num_bytes > self.max_host_bytes:
+            raise CapacityError(
+                f"adapter {name!r} takes {packed.num_bytes:,} bytes of host memory; beside the "
+                f"{taken:,} of {len(kept)} others that is more than the {self.max_host_bytes:,} "
+                "that adapters may take: unload some, or raise LoraConfig.max_host_bytes"
+            )
 
     def _check_pinned(self, name: str, packed: PackedAdapter) -> None:
         """Raises CapacityError if an adapter never fits beside the other pinned ones."""

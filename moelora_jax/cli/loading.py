@@ -119,6 +119,7 @@ def load_for_serving(
     max_rank: int,
     pool_rank: int,
     optional_sites: Sequence[str] = (),
+    max_host_bytes: int | None = None,
 ) -> LLM:
     """A model with its adapters and compiled programs, of the sizes that the options ask for.
 
@@ -145,6 +146,7 @@ def load_for_serving(
         max_rank=max_rank,
         pool_rank=pool_rank,
         optional_sites=[*optional_sites, *changed_optional_sites(config, loaded.values())],
+        max_host_bytes=max_host_bytes,
     )
     compute_dtype = default_dtype() if dtype is None else dtype.numpy
     budget = device_memory()

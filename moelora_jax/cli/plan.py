@@ -1,7 +1,6 @@
 """``moelora plan``."""
 
 import json
-import re
 from typing import Annotated
 
 import typer
@@ -18,13 +17,11 @@ from moelora_jax.cli.sizes import (
     MemoryFractionOption,
     OptionalSitesOption,
     PoolRankOption,
+    parse_bytes,
     serving_runtime,
 )
 from moelora_jax.engine.memory import fit_cache, plan_memory
-from moelora_jax.errors import RequestError
 from moelora_jax.models import read_model_config
-
-_UNITS = {"": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "mib": 2**20, "gib": 2**30}
 
 
 def plan(
@@ -63,7 +60,7 @@ def plan(
         pool_rank=pool_rank,
         optional_sites=optional_site or (),
     )
-    budget = int(parse_bytes(gpu_memory) * memory_fraction)
+    budget = int(parse_bytes("--gpu-memory", gpu_memory) * memory_fraction)
     runtime = fit_cache(family, config, runtime, dtype.numpy, budget)
     memory = plan_memory(family, config, runtime, dtype.numpy)
     cache = runtime.cache
@@ -79,15 +76,3 @@ def plan(
         f"{positions / cache.max_length:.1f} completions of {cache.max_length} tokens; up to "
         f"{runtime.buckets.max_sequences} run at once."
     )
-
-
-def parse_bytes(size: str) -> int:
-    """Bytes from ``141GB``, ``80gib`` or a plain number.
-
-    Raises:
-        RequestError: it is not of that form.
-    """
-    match = re.fullmatch(r"(\d+(?:\.\d+)?) ?([a-z]*)", size.lower())
-    if not match or match[2] not in _UNITS:
-        raise RequestError(f"--gpu-memory {size}: write a size such as 141GB or 80GiB")
-    return int(float(match[1]) * _UNITS[match[2]])

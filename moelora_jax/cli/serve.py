@@ -15,6 +15,7 @@ from moelora_jax.cli.options import (
     parse_adapters,
 )
 from moelora_jax.cli.sizes import (
+    AdapterHostMemoryOption,
     KvBlocksOption,
     MaxAdaptersOption,
     MaxBatchTokensOption,
@@ -24,6 +25,8 @@ from moelora_jax.cli.sizes import (
     MemoryFractionOption,
     OptionalSitesOption,
     PoolRankOption,
+    host_memory,
+    parse_bytes,
 )
 from moelora_jax.engine.async_engine import AsyncEngine
 from moelora_jax.errors import MissingPackageError, MoeLoraError
@@ -130,6 +133,7 @@ def serve(
     max_adapters: MaxAdaptersOption = None,
     max_rank: MaxRankOption = 64,
     pool_rank: PoolRankOption = 16,
+    adapter_host_memory: AdapterHostMemoryOption = None,
     optional_site: OptionalSitesOption = None,
 ) -> None:
     """Serve a model and its adapters with the OpenAI API, until a signal.
@@ -154,6 +158,10 @@ def serve(
     if adapter_root is not None and admin_key is None:
         raise MoeLoraError(f"--adapter-root {adapter_root}: nobody may load without --admin-key")
     root = None if adapter_root is None else AdapterRoot(adapter_root)
+    if adapter_host_memory is None:
+        max_host_bytes = host_memory() // 2
+    else:
+        max_host_bytes = parse_bytes("--adapter-host-memory", adapter_host_memory)
     with serve.bind(host, port) as socket:
         _, config = read_model_config(model)
         text_model = TextModel.load(model, config.eos_tokens, chat_template=chat_template)
@@ -171,6 +179,7 @@ def serve(
             max_rank=max_rank,
             pool_rank=pool_rank,
             optional_sites=optional_site or (),
+            max_host_bytes=max_host_bytes,
         )
         engine = AsyncEngine(llm, max_waiting=max_waiting)
         service = app.Service(

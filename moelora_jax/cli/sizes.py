@@ -1,6 +1,10 @@
 """The sizes of a server: options that ``serve`` and ``plan`` share, and what they come to."""
 
+import contextlib
+import os
+import re
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Annotated
 
 import jax
@@ -9,6 +13,7 @@ import typer
 from moelora_jax.config import BucketConfig, CacheConfig, LoraConfig, ModelConfig, RuntimeConfig
 from moelora_jax.errors import RequestError
 
+_UNITS = {"": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "mib": 2**20, "gib": 2**30}
 _SIZES = "Sizes (they decide the device memory that is used)"
 
 MaxLengthOption = Annotated[
@@ -63,6 +68,15 @@ PoolRankOption = Annotated[
         help="Rank at which --max-adapters adapters that change everything fit.",
     ),
 ]
+AdapterHostMemoryOption = Annotated[
+    str | None,
+    typer.Option(
+        metavar="SIZE",
+        rich_help_panel=_SIZES,
+        help="Host memory that all loaded adapters may take, such as 64GB; half of what there is "
+        "unless given.",
+    ),
+]
 OptionalSitesOption = Annotated[
     list[str] | None,
     typer.Option(
@@ -86,6 +100,7 @@ def serving_runtime(
     max_rank: int,
     pool_rank: int,
     optional_sites: Sequence[str],
+    max_host_bytes: int | None = None,
 ) -> RuntimeConfig:
     """What the options of a server come to.
 
@@ -103,6 +118,7 @@ def serving_runtime(
             pool_rank=pool_rank,
             sites=None if with_lora else (),
             optional_sites=tuple(optional_sites) if with_lora else (),
+            max_host_bytes=max_host_bytes,
         ),
         buckets=BucketConfig(
             decode=_sizes(1, max_running, 2), prefill=_sizes(64, max_batch_tokens, 4)
@@ -125,3 +141,24 @@ def _sizes(smallest: int, largest: int, factor: int) -> tuple[int, ...]:
 def device_memory() -> int | None:
     """Bytes that JAX may use on the device; None on a CPU, where there is no limit."""
     return (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit")
+
+
+def host_memory() -> int:
+    """Bytes of memory that this process may use: the machine's, or what its container is given."""
+    size = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    for limit in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
+        with contextlib.suppress(OSError, ValueError):  # There is none, or it says "max".
+            size = min(size, int(Path(limit).read_text()))
+    return size
+
+
+def parse_bytes(option: str, size: str) -> int:
+    """Bytes from ``141GB``, ``80gib`` or a plain number, as an option has it.
+
+    Raises:
+        RequestError: it is not of that form.
+    """
+    match = re.fullmatch(r"(\d+(?:\.\d+)?) ?([a-z]*)", size.lower())
+    if not match or match[2] not in _UNITS:
+        raise RequestError(f"{option} {size}: write a size such as 141GB or 80GiB")
+    return int(float(match[1]) * _UNITS[match[2]])

@@ -246,6 +246,7 @@ class AsyncEngine:
             waiting=waiting,
             submitted=sum(requests.values()),
             prompt_tokens=sum(prompts.values()),
+            adapter_host_bytes=sum(info.host_bytes for info in self.adapters()),
             by_adapter={
                 name: AdapterTraffic(count, prompts[name], delivered.get(name, 0))
                 for name, count in requests.items()
@@ -390,6 +391,7 @@ class AsyncEngine:
             adapter_loads=adapters.loads,
             adapter_writes=adapters.device_writes,
             adapter_evictions=adapters.device_evictions,
+            adapter_host_bytes=0,
             kv_blocks_used=scheduler.blocks.num_used,
             kv_blocks_remembered=scheduler.blocks.num_remembered,
             kv_blocks_total=scheduler.blocks.total,

@@ -146,6 +146,7 @@ class EngineStats:
         adapter_loads: adapters loaded, reloads included.
         adapter_writes: adapters written to the device.
         adapter_evictions: adapters moved off the device to make room.
+        adapter_host_bytes: host memory that the loaded adapters take (gauge).
         kv_blocks_used: cache blocks that sequences hold (gauge).
         kv_blocks_remembered: cache blocks, in use or not, that a prompt can be found in (gauge).
         kv_blocks_total: cache blocks that there are.
@@ -168,6 +169,7 @@ class EngineStats:
     adapter_loads: int
     adapter_writes: int
     adapter_evictions: int
+    adapter_host_bytes: int
     kv_blocks_used: int
     kv_blocks_remembered: int
     kv_blocks_total: int

@@ -66,7 +66,7 @@ class Runner:
         self._graph, self._params = nnx.split(model)
         self.pool = PagePool(config.lora_sites(), runtime.lora, dtype)
         self.pool.warm_up()
-        self.registry = AdapterRegistry(self.pool)
+        self.registry = AdapterRegistry(self.pool, max_host_bytes=runtime.lora.max_host_bytes)
         self._state_shapes = device_state_shapes(config, runtime, dtype)
         self.state = allocate(self._state_shapes)
         self.programs = Programs(self._step_function, self._arguments)

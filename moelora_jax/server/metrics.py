@@ -95,6 +95,11 @@ class _EngineCollector(Collector):
             ("requests_running", "Requests that hold cache blocks.", stats.running),
             ("kv_blocks_used", "Cache blocks in use.", stats.kv_blocks_used),
             ("kv_blocks", "Cache blocks that there are.", stats.kv_blocks_total),
+            (
+                "adapter_host_bytes",
+                "Host memory that loaded adapters take.",
+                stats.adapter_host_bytes,
+            ),
         ):
             yield GaugeMetricFamily(f"moelora_{name}", text, value=value)
         for name, text, value in (
