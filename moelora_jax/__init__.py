@@ -1,60 +1,18 @@
 """Many LoRA adapters over one Mixture-of-Experts model, in one jitted program."""
 
-from moelora_jax.adapters.adapter import Adapter, LowRankUpdate, Target
-from moelora_jax.config import (
-    BucketConfig,
-    CacheConfig,
-    LoraConfig,
-    ModelConfig,
-    MoeConfig,
-    RuntimeConfig,
-)
-from moelora_jax.engine.async_engine import AsyncEngine
-from moelora_jax.engine.llm import LLM, Completion, Prompt
-from moelora_jax.engine.requests import EngineStats, Request, TokenOutput
-from moelora_jax.engine.sampling import Sampling
-from moelora_jax.engine.stream import Stream
-from moelora_jax.engine.trace import Trace
-from moelora_jax.errors import (
-    AdapterError,
-    CapacityError,
-    CheckpointError,
-    LayoutError,
-    MoeLoraError,
-    QueueFullError,
-    RequestError,
-)
-from moelora_jax.moe import MoeLoraLayer, MoeParams, moe_experts, moe_lora
+from typing import TYPE_CHECKING
 
-__all__ = [
-    "LLM",
-    "Adapter",
-    "AdapterError",
-    "AsyncEngine",
-    "BucketConfig",
-    "CacheConfig",
-    "CapacityError",
-    "CheckpointError",
-    "Completion",
-    "EngineStats",
-    "LayoutError",
-    "LoraConfig",
-    "LowRankUpdate",
-    "ModelConfig",
-    "MoeConfig",
-    "MoeLoraError",
-    "MoeLoraLayer",
-    "MoeParams",
-    "Prompt",
-    "QueueFullError",
-    "Request",
-    "RequestError",
-    "RuntimeConfig",
-    "Sampling",
-    "Stream",
-    "Target",
-    "TokenOutput",
-    "Trace",
-    "moe_experts",
-    "moe_lora",
-]
+if TYPE_CHECKING:
+    from moelora_jax.public import *  # noqa: F403
+else:
+    # JAX takes seconds to import, and ``moelora --help`` needs none of it.
+    def __getattr__(name):
+        from importlib import import_module
+
+        public = import_module("moelora_jax.public")
+        if name != "__all__" and name not in public.__all__:
+            raise AttributeError(f"module 'moelora_jax' has no attribute {name!r}")
+        return getattr(public, name)
+
+    def __dir__():
+        return [*globals(), *__getattr__("__all__")]

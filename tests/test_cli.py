@@ -4,6 +4,8 @@ import json
 import os
 import re
 import shlex
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -23,7 +25,7 @@ from moelora_jax.adapters.adapter import Adapter
 from moelora_jax.adapters.pages import PagePool
 from moelora_jax.adapters.reader import read_adapter
 from moelora_jax.adapters.writer import save_adapter
-from moelora_jax.cli import app, demo
+from moelora_jax.cli import app, demo_run
 from moelora_jax.cli.demo_files import (
     ADAPTERS,
     MODEL_CONFIG,
@@ -40,7 +42,8 @@ from tests.tiny_llm import random_adapter as tiny_llm_adapter
 
 CONFIG = family_of(MODEL_CONFIG).read_config(MODEL_CONFIG)
 NAMES = family_of(MODEL_CONFIG).module_names
-DOCS = Path(__file__).parent.parent / "docs"
+ROOT = Path(__file__).parent.parent
+DOCS = ROOT / "docs"
 ROWS = 5
 
 
@@ -115,7 +118,7 @@ def test_demo_proves_what_it_claims() -> None:
 
 
 def test_demo_fails_if_a_proof_does(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(demo, "_run", lambda *_: False)
+    monkeypatch.setattr(demo_run, "run_demo", lambda *_: False)
     assert run("demo").exit_code == 1
 
 
@@ -329,6 +332,31 @@ def test_version_and_help() -> None:
         fence = command.epilog.split("```")[1]
         assert fence.lstrip().startswith(f"moelora {name}")
         assert set(map(str.strip, fence.splitlines())) <= set(shown)
+
+
+def test_what_needs_no_jax_imports_none() -> None:
+    # It takes seconds. A client of a server needs none either.
+    program = f"""
+import sys
+sys.path[:0] = {[str(ROOT), str(ROOT / "kernels")]!r}
+from typer.main import get_command
+from typer.testing import CliRunner
+from moelora_jax.cli import app
+
+def run(code, *arguments):
+    result = CliRunner().invoke(app, arguments)
+    assert result.exit_code == code, result.output
+
+run(0, "--help")
+run(0, "--version")
+for name in get_command(app).commands:
+    run(0, name, "--help")
+    run(2, name, "--no-such-option")
+run(1, "bench-serve", "http://127.0.0.1:1", "--requests", "1")
+print(*{{"flax", "jax", "torch"}} & set(sys.modules))
+"""
+    ended = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert (ended.returncode, ended.stdout.strip()) == (0, ""), ended.stderr
 
 
 # Bad input. All of it is found before anything runs.

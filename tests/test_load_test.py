@@ -14,8 +14,9 @@ from moelora_jax import LLM, RequestError
 from moelora_jax.cli import app
 from moelora_jax.cli.demo_files import ADAPTERS
 from moelora_jax.engine.async_engine import AsyncEngine
+from moelora_jax.load_test.engine_target import EngineTarget
 from moelora_jax.load_test.report import Goal, plot, summarize
-from moelora_jax.load_test.runner import EngineTarget, Outcome, ServerTarget, run_load
+from moelora_jax.load_test.runner import Outcome, ServerTarget, run_load
 from moelora_jax.load_test.workload import Lengths, PlannedRequest, Workload
 from moelora_jax.server.keys import Key, Keys, digest
 from tests.served_model import Served, served, tiny_model

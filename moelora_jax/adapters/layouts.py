@@ -66,6 +66,9 @@ SHARED_OUTER_OUT = FactorLayout("shared_outer", "e r i", "1 o r")
 ExpertLayout = Literal["per_expert", "peft_fused", "peft_fused_0_18", "stacked", "shared_outer"]
 EXPERT_LAYOUTS: tuple[str, ...] = get_args(ExpertLayout)
 
+#: What they can be written as; see :mod:`moelora_jax.adapters.writer`.
+Layout = Literal["per_expert", "peft_fused"]
+
 
 def shape_of(axes: str, sizes: Sizes) -> tuple[int, ...]:
     """The shape of a tensor with these axes."""

@@ -10,21 +10,19 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from math import sqrt
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, NoReturn, get_args
+from typing import Any, NamedTuple, NoReturn, get_args
 
 import numpy as np
 from safetensors.numpy import save_file
 
 from moelora_jax.adapters.adapter import Adapter, LowRankUpdate, Target
+from moelora_jax.adapters.layouts import Layout
 from moelora_jax.adapters.module_names import QWEN3_MOE_NAMES, ModuleNames
 from moelora_jax.config import LoraSite
 from moelora_jax.errors import AdapterError, LayoutError
 from moelora_jax.files import new_folder
 
 __all__ = ["Layout", "save_adapter"]
-
-#: How the factors of experts are laid out; see :mod:`moelora_jax.adapters.reader`.
-Layout = Literal["per_expert", "peft_fused"]
 
 #: The first version of PEFT whose layout of expert parameters is the one written here. Where a
 #: matrix is square, only this tells readers that it is not transposed.

@@ -1,4 +1,7 @@
-"""The command ``moelora``."""
+"""The command ``moelora``.
+
+A command imports what it runs when it runs: JAX takes seconds to import, and help needs none of it.
+"""
 
 from importlib.metadata import PackageNotFoundError, version
 from inspect import cleandoc

@@ -7,7 +7,6 @@ from typing import Annotated, Any
 
 import typer
 
-from moelora_jax.cli.loading import load_for_serving
 from moelora_jax.cli.options import AdaptersOption, DtypeOption, LayoutsOption, parse_adapters
 from moelora_jax.cli.output import check_output, make_table, progress_bar, stdout
 from moelora_jax.cli.sizes import (
@@ -19,11 +18,10 @@ from moelora_jax.cli.sizes import (
     MemoryFractionOption,
     PoolRankOption,
 )
-from moelora_jax.engine.async_engine import AsyncEngine
 from moelora_jax.errors import RequestError
 from moelora_jax.files import new_file
 from moelora_jax.load_test.report import PERCENTILES, Goal, plot, summarize
-from moelora_jax.load_test.runner import EngineTarget, Outcome, ServerTarget, Target, run_load
+from moelora_jax.load_test.runner import Outcome, ServerTarget, Target, run_load
 from moelora_jax.load_test.workload import Lengths, PlannedRequest, Workload
 
 _LOAD = "Load"
@@ -150,6 +148,10 @@ def bench_serve(
     if url is not None:
         outcomes = asyncio.run(_load_server(workload, url, api_key, vocab_size))
     else:
+        from moelora_jax.cli.loading import load_for_serving
+        from moelora_jax.engine.async_engine import AsyncEngine
+        from moelora_jax.load_test.engine_target import EngineTarget
+
         assert model is not None
         folders = parse_adapters(adapter or [], layout or [])
         llm = load_for_serving(
@@ -167,7 +169,16 @@ def bench_serve(
             pool_rank=pool_rank,
         )
         plan = workload.plan(list(folders), vocab_size or llm.config.vocab_size)
-        outcomes = asyncio.run(_load_engine(plan, AsyncEngine(llm, max_waiting=max_waiting)))
+        engine = AsyncEngine(llm, max_waiting=max_waiting)
+
+        async def load_engine() -> list[Outcome]:
+            engine.start()
+            try:
+                return await _run(plan, EngineTarget(engine))
+            finally:
+                await engine.shutdown(drain=False)
+
+        outcomes = asyncio.run(load_engine())
 
     goal = Goal(_seconds(slo_ttft), _seconds(slo_tpot))
     summary = summarize(outcomes, goal)
@@ -188,14 +199,6 @@ async def _load_server(
         adapters, known = await target.models()
         plan = workload.plan(adapters, vocab_size or known or _DEFAULT_VOCABULARY)
         return await _run(plan, target)
-
-
-async def _load_engine(plan: list[PlannedRequest], engine: AsyncEngine) -> list[Outcome]:
-    engine.start()
-    try:
-        return await _run(plan, EngineTarget(engine))
-    finally:
-        await engine.shutdown(drain=False)
 
 
 async def _run(plan: list[PlannedRequest], target: Target) -> list[Outcome]:

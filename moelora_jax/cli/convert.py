@@ -5,12 +5,8 @@ from typing import Annotated
 
 import typer
 
-from moelora_jax.adapters.adapter_config import read_adapter_config
-from moelora_jax.adapters.layouts import ExpertLayout
-from moelora_jax.adapters.reader import read_adapter
-from moelora_jax.adapters.writer import Layout, save_adapter
+from moelora_jax.adapters.layouts import ExpertLayout, Layout
 from moelora_jax.cli.options import ModelOption, layout_errors_name
-from moelora_jax.models import read_model_config
 
 
 def convert(
@@ -33,6 +29,11 @@ def convert(
     factors are stacked, or filled up with zeros, where an adapter has several ranks, or another A
     for gate than for up. Of the model only config.json is read.
     """
+    from moelora_jax.adapters.adapter_config import read_adapter_config
+    from moelora_jax.adapters.reader import read_adapter
+    from moelora_jax.adapters.writer import save_adapter
+    from moelora_jax.models import read_model_config
+
     family, config = read_model_config(model)
     sites = config.lora_sites()
     with layout_errors_name("--source-layout"):

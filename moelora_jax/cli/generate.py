@@ -6,7 +6,6 @@ from typing import Annotated
 
 import typer
 
-from moelora_jax.cli.loading import Job, prepare
 from moelora_jax.cli.options import (
     AdaptersOption,
     DtypeOption,
@@ -18,8 +17,6 @@ from moelora_jax.cli.options import (
     ModelOption,
 )
 from moelora_jax.cli.output import check_output, stderr
-from moelora_jax.engine.llm import Completion
-from moelora_jax.engine.sampling import Sampling
 from moelora_jax.files import new_file
 
 _SAMPLING = "Sampling"
@@ -71,6 +68,9 @@ def generate(
     Writes one JSON object per row, in the order of the input: "adapter", the new "tokens",
     "finish_reason" ("length" or "stop"), and "text" if the model's folder has a tokenizer.json.
     """
+    from moelora_jax.cli.loading import prepare
+    from moelora_jax.engine.sampling import Sampling
+
     sampling = Sampling(temperature=temperature, top_k=top_k, top_p=top_p, seed=seed)
     if output is not None:
         check_output(output, rows)
@@ -90,21 +90,19 @@ def generate(
         completions = job.llm.generate(
             job.prompts, max_new_tokens=max_new_tokens, sampling=sampling
         )
-    lines = "".join(_line(job, completion) for completion in completions)
+    lines = ""
+    for completion in completions:
+        row = {
+            "adapter": completion.adapter,
+            "tokens": list(completion.tokens),
+            "finish_reason": completion.finish_reason,
+        }
+        if job.tokenizer is not None:
+            row["text"] = job.tokenizer.decode(list(completion.tokens))
+        lines += json.dumps(row, ensure_ascii=False) + "\n"
     if output is None:
         typer.echo(lines, nl=False)
     else:
         with new_file(output) as new:
             new.write_text(lines, encoding="utf-8")
     typer.echo(f"Continued {job.summary}", err=True)
-
-
-def _line(job: Job, completion: Completion) -> str:
-    row = {
-        "adapter": completion.adapter,
-        "tokens": list(completion.tokens),
-        "finish_reason": completion.finish_reason,
-    }
-    if job.tokenizer is not None:
-        row["text"] = job.tokenizer.decode(list(completion.tokens))
-    return json.dumps(row, ensure_ascii=False) + "\n"

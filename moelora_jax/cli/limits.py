@@ -1,4 +1,4 @@
-"""Static sizes derived from what is to be run, so that no one has to choose them."""
+"""Static sizes: those of a server's options, and those that follow from what is to be run."""
 
 from collections.abc import Collection, Sequence
 
@@ -14,7 +14,58 @@ from moelora_jax.config import (
     pages_of_rank,
 )
 from moelora_jax.engine.llm import Prompt
+from moelora_jax.errors import RequestError
 from moelora_kernels.types import PAGE_ROWS
+
+
+def serving_runtime(
+    config: ModelConfig,
+    *,
+    with_lora: bool,
+    max_length: int | None,
+    max_running: int,
+    max_batch_tokens: int,
+    kv_blocks: int | None,
+    max_adapters: int,
+    max_rank: int,
+    pool_rank: int,
+    optional_sites: Sequence[str],
+    max_host_bytes: int | None = None,
+) -> RuntimeConfig:
+    """What the options of a server come to.
+
+    Raises:
+        RequestError: the model has no such optional site.
+    """
+    known = [site.name for site in config.lora_sites() if site.optional]
+    for name in optional_sites:
+        if name not in known:
+            raise RequestError(f"--optional-site {name}: choose from {', '.join(known)}")
+    return RuntimeConfig(
+        lora=LoraConfig(
+            max_adapters=max_adapters,
+            max_rank=max_rank,
+            pool_rank=pool_rank,
+            sites=None if with_lora else (),
+            optional_sites=tuple(optional_sites) if with_lora else (),
+            max_host_bytes=max_host_bytes,
+        ),
+        buckets=BucketConfig(
+            decode=_sizes(1, max_running, 2), prefill=_sizes(64, max_batch_tokens, 4)
+        ),
+        cache=CacheConfig(
+            max_length=max_length or min(config.max_position, 4096), num_blocks=kv_blocks
+        ),
+    )
+
+
+def _sizes(smallest: int, largest: int, factor: int) -> tuple[int, ...]:
+    """Bucket sizes, each ``factor`` times the one before, up to the largest."""
+    sizes = []
+    while smallest < largest:
+        sizes.append(smallest)
+        smallest *= factor
+    return (*sizes, largest)
 
 
 def derive_runtime(

@@ -5,17 +5,17 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import jax
 import typer
 from tokenizers import Tokenizer
 
 from moelora_jax.adapters.adapter import Adapter
 from moelora_jax.adapters.reader import read_adapter
 from moelora_jax.buckets import Kind, program_keys, use_compilation_cache
-from moelora_jax.cli.limits import changed_optional_sites, derive_runtime
+from moelora_jax.cli.limits import changed_optional_sites, derive_runtime, serving_runtime
 from moelora_jax.cli.options import AdapterFolder, Dtype, layout_errors_name, parse_adapters
 from moelora_jax.cli.output import print_memory, progress_bar, stderr
 from moelora_jax.cli.rows import read_rows
-from moelora_jax.cli.sizes import device_memory, serving_runtime
 from moelora_jax.config import LoraSite
 from moelora_jax.engine.llm import LLM, Prompt, default_dtype
 from moelora_jax.engine.memory import fit_cache
@@ -149,7 +149,7 @@ def load_for_serving(
         max_host_bytes=max_host_bytes,
     )
     compute_dtype = default_dtype() if dtype is None else dtype.numpy
-    budget = device_memory()
+    budget = _device_memory()
     if budget is not None:
         runtime = fit_cache(family, config, runtime, compute_dtype, budget)
     use_compilation_cache()
@@ -159,3 +159,8 @@ def load_for_serving(
     typer.echo(f"Ready: {llm.warm_up(progress=True)}", err=True)
     print_memory(stderr(), llm.memory_plan(), "Device memory")
     return llm
+
+
+def _device_memory() -> int | None:
+    """Bytes that JAX may use on the device; None on a CPU, where there is no limit."""
+    return (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit")

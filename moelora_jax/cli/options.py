@@ -6,7 +6,7 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, NamedTuple
 
-import jax.numpy as jnp
+import ml_dtypes  # noqa: F401  (makes NumPy know bfloat16 by its name)
 import numpy as np
 import typer
 
@@ -23,7 +23,7 @@ class Dtype(StrEnum):
     @property
     def numpy(self) -> np.dtype:
         """The dtype itself."""
-        return jnp.dtype(self.value)
+        return np.dtype(self.value)
 
 
 ModelOption = Annotated[

@@ -1,7 +1,7 @@
 """Where commands print and write."""
 
 import os
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 from pathlib import Path
 
 from rich import box
@@ -10,7 +10,6 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from moelora_jax.errors import RequestError
-from moelora_jax.workspace import MemoryPlan
 
 
 def stdout() -> Console:
@@ -43,18 +42,20 @@ def make_table(title: str, *columns: str, numbers: Collection[str] = ()) -> Tabl
 
 
 def print_memory(
-    console: Console, plan: MemoryPlan, title: str, *, budget: int | None = None
+    console: Console, plan: Iterable[tuple[str, int]], title: str, *, budget: int | None = None
 ) -> None:
     """A table of what device memory is for, without what is not there, and what is left."""
     table = make_table(title, "what", "bytes", "", numbers=("bytes", ""))
+    total = 0
     for name, size in plan:
+        total += size
         if size:
             words = name.replace("_", " ").replace("kv", "KV")
             table.add_row(words, f"{size:,}", format_bytes(size))
     table.add_section()
-    table.add_row("total", f"{plan.total:,}", format_bytes(plan.total))
+    table.add_row("total", f"{total:,}", format_bytes(total))
     if budget is not None:
-        left = budget - plan.total
+        left = budget - total
         table.add_row("left", f"{left:,}", format_bytes(left))
     console.print(table)
 

@@ -18,10 +18,7 @@ from moelora_jax.cli.sizes import (
     OptionalSitesOption,
     PoolRankOption,
     parse_bytes,
-    serving_runtime,
 )
-from moelora_jax.engine.memory import fit_cache, plan_memory
-from moelora_jax.models import read_model_config
 
 
 def plan(
@@ -47,6 +44,11 @@ def plan(
     Needs neither a GPU nor weights: of the model, config.json is enough. The exit code is 1 if it
     does not fit.
     """
+    from moelora_jax.cli.limits import serving_runtime
+    from moelora_jax.engine.memory import fit_cache, plan_memory
+    from moelora_jax.models import read_model_config
+
+    budget = int(parse_bytes("--gpu-memory", gpu_memory) * memory_fraction)
     family, config = read_model_config(model)
     runtime = serving_runtime(
         config,
@@ -60,7 +62,6 @@ def plan(
         pool_rank=pool_rank,
         optional_sites=optional_site or (),
     )
-    budget = int(parse_bytes("--gpu-memory", gpu_memory) * memory_fraction)
     runtime = fit_cache(family, config, runtime, dtype.numpy, budget)
     memory = plan_memory(family, config, runtime, dtype.numpy)
     cache = runtime.cache

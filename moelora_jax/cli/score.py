@@ -6,7 +6,6 @@ from typing import Annotated
 import typer
 from safetensors.numpy import save_file
 
-from moelora_jax.cli.loading import prepare
 from moelora_jax.cli.options import (
     AdaptersOption,
     DtypeOption,
@@ -42,6 +41,8 @@ def score(
 
     All rows run as one mixed batch, or as few as the limits below allow.
     """
+    from moelora_jax.cli.loading import prepare
+
     check_output(output, rows)
     job = prepare(
         ["score"],

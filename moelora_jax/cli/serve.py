@@ -6,7 +6,6 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from moelora_jax.cli.loading import load_for_serving
 from moelora_jax.cli.options import (
     AdaptersOption,
     DtypeOption,
@@ -28,9 +27,7 @@ from moelora_jax.cli.sizes import (
     host_memory,
     parse_bytes,
 )
-from moelora_jax.engine.async_engine import AsyncEngine
 from moelora_jax.errors import MissingPackageError, MoeLoraError
-from moelora_jax.models import read_model_config
 
 if TYPE_CHECKING:
     from moelora_jax.server.keys import Keys
@@ -148,6 +145,9 @@ def serve(
         from moelora_jax.server.text import TextModel
     except ModuleNotFoundError as cause:
         raise MissingPackageError(f"{cause}; the server needs more packages", "serve") from cause
+    from moelora_jax.cli.loading import load_for_serving
+    from moelora_jax.engine.async_engine import AsyncEngine
+    from moelora_jax.models import read_model_config
 
     # The cheapest checks come first.
     folders = parse_adapters(adapter or [], layout or [])

@@ -1,16 +1,13 @@
-"""The sizes of a server: options that ``serve`` and ``plan`` share, and what they come to."""
+"""The sizes of a server: options that ``serve``, ``plan`` and ``bench-serve`` share."""
 
 import contextlib
 import os
 import re
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
-import jax
 import typer
 
-from moelora_jax.config import BucketConfig, CacheConfig, LoraConfig, ModelConfig, RuntimeConfig
 from moelora_jax.errors import RequestError
 
 _UNITS = {"": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "mib": 2**20, "gib": 2**30}
@@ -86,61 +83,6 @@ OptionalSitesOption = Annotated[
         help="router, embed_tokens or lm_head: adapters may change this, too. Repeat it for more.",
     ),
 ]
-
-
-def serving_runtime(
-    config: ModelConfig,
-    *,
-    with_lora: bool,
-    max_length: int | None,
-    max_running: int,
-    max_batch_tokens: int,
-    kv_blocks: int | None,
-    max_adapters: int,
-    max_rank: int,
-    pool_rank: int,
-    optional_sites: Sequence[str],
-    max_host_bytes: int | None = None,
-) -> RuntimeConfig:
-    """What the options of a server come to.
-
-    Raises:
-        RequestError: the model has no such optional site.
-    """
-    known = [site.name for site in config.lora_sites() if site.optional]
-    for name in optional_sites:
-        if name not in known:
-            raise RequestError(f"--optional-site {name}: choose from {', '.join(known)}")
-    return RuntimeConfig(
-        lora=LoraConfig(
-            max_adapters=max_adapters,
-            max_rank=max_rank,
-            pool_rank=pool_rank,
-            sites=None if with_lora else (),
-            optional_sites=tuple(optional_sites) if with_lora else (),
-            max_host_bytes=max_host_bytes,
-        ),
-        buckets=BucketConfig(
-            decode=_sizes(1, max_running, 2), prefill=_sizes(64, max_batch_tokens, 4)
-        ),
-        cache=CacheConfig(
-            max_length=max_length or min(config.max_position, 4096), num_blocks=kv_blocks
-        ),
-    )
-
-
-def _sizes(smallest: int, largest: int, factor: int) -> tuple[int, ...]:
-    """Bucket sizes, each ``factor`` times the one before, up to the largest."""
-    sizes = []
-    while smallest < largest:
-        sizes.append(smallest)
-        smallest *= factor
-    return (*sizes, largest)
-
-
-def device_memory() -> int | None:
-    """Bytes that JAX may use on the device; None on a CPU, where there is no limit."""
-    return (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit")
 
 
 def host_memory() -> int:

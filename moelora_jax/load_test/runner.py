@@ -1,4 +1,4 @@
-"""Sends a planned load to a server or to an engine, and takes the times."""
+"""Sends a planned load to a server, or where else it is told, and takes the times."""
 
 import asyncio
 import json
@@ -10,9 +10,7 @@ from itertools import pairwise
 from types import TracebackType
 from typing import Any, Protocol
 
-from moelora_jax.engine.async_engine import AsyncEngine
-from moelora_jax.engine.requests import Request
-from moelora_jax.errors import MissingPackageError, MoeLoraError, RequestError
+from moelora_jax.errors import MissingPackageError, RequestError
 from moelora_jax.load_test.workload import PlannedRequest
 
 
@@ -61,37 +59,6 @@ class Target(Protocol):
 
     async def run(self, outcome: Outcome, clock: Callable[[], float]) -> None:
         """Send the request and fill in what becomes of it."""
-
-
-class EngineTarget:
-    """An engine in this process.
-
-    Args:
-        engine: started.
-    """
-
-    def __init__(self, engine: AsyncEngine) -> None:
-        self._engine = engine
-
-    async def run(self, outcome: Outcome, clock: Callable[[], float]) -> None:
-        """Submit it and read its stream."""
-        planned = outcome.planned
-        try:
-            stream = self._engine.submit(
-                Request(
-                    prompt=planned.prompt,
-                    adapter=planned.adapter,
-                    max_new_tokens=planned.output_tokens,
-                )
-            )
-            async for output in stream:
-                if output.token >= 0:
-                    outcome.token_times.append(clock())
-                    outcome.num_tokens += 1
-                if output.finish_reason in ("cancelled", "timeout"):
-                    outcome.error = output.finish_reason
-        except MoeLoraError as error:
-            outcome.error = type(error).__name__
 
 
 class ServerTarget(AbstractAsyncContextManager["ServerTarget"]):
