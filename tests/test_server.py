@@ -1,9 +1,11 @@
 """The HTTP server, by the official client: texts, streams, choices, and bad requests."""
 
+import contextlib
 import json
 import re
 import threading
 from collections.abc import Iterator
+from http.client import HTTPConnection
 from pathlib import Path
 from typing import Any
 
@@ -329,6 +331,16 @@ def test_logprobs_of_completions(server: Served, client: OpenAI) -> None:
     assert [offset for chunk in chunks for offset in chunk.text_offset] == offsets
     assert client.completions.create(**options).choices[0].logprobs is None
 
+    # A token that is none of the best is listed with them all the same.
+    options = {**options, "temperature": 5.0, "seed": 1}
+    chosen = client.completions.create(logprobs=1, **options).choices[0].logprobs
+    assert chosen is not None and chosen.top_logprobs and chosen.tokens and chosen.token_logprobs
+    assert 2 in {len(top) for top in chosen.top_logprobs} <= {1, 2}
+    for token, value, top in zip(
+        chosen.tokens, chosen.token_logprobs, chosen.top_logprobs, strict=True
+    ):
+        assert top[token] == value
+
 
 def test_logprobs_of_chats(client: OpenAI) -> None:
     options: Any = {"model": MODEL, "messages": CHAT, "max_tokens": 6, "logprobs": True, **GREEDY}
@@ -393,6 +405,8 @@ def test_logprobs_end_where_the_text_does(client: OpenAI) -> None:
         ({"stop_token_ids": [-1]}, "stop_token_ids", "invalid_request"),
         ({"model": 3}, "model", "invalid_request"),
         ({"stream_options": {"include_usage": True}}, "stream_options", "invalid_request"),
+        ({"prompt_logprobs": 1}, "prompt_logprobs", "unsupported_parameter"),
+        ({"use_beam_search": True}, "use_beam_search", "unsupported_parameter"),
         ({"max_tokens": 200}, None, "context_length_exceeded"),
         ({"prompt": "a" * 128}, None, "context_length_exceeded"),
         ({"echo": True, "logprobs": 1}, "echo", "unsupported_parameter"),
@@ -463,14 +477,46 @@ def test_bad_chats_are_named(server: Served, values: dict[str, Any], param: str)
     assert error(server, chat, "/v1/chat/completions")["param"] == param
 
 
+@pytest.mark.parametrize(
+    ("values", "where"),
+    [
+        ({"stop": ["a", ""]}, "stop.1"),
+        ({"prompt": [[1], [2, -1]]}, "prompt.1.1"),
+        ({"prompt": 5}, "prompt"),
+        ({"stream": True, "stream_options": {"include_usage": 1}}, "stream_options.include_usage"),
+    ],
+)
+def test_the_part_that_is_wrong_is_named(
+    server: Served, values: dict[str, Any], where: str
+) -> None:
+    assert error(server, body(**values))["message"].startswith(f"{where}: ")
+
+
+def test_a_picture_is_named(server: Served) -> None:
+    content = [{"type": "text", "text": "a"}, {"type": "image_url", "image_url": {"url": "b"}}]
+    chat = {"model": MODEL, "messages": [{"role": "user", "content": content}]}
+    message = error(server, chat, "/v1/chat/completions")["message"]
+    assert message == "messages.0.content.1.type: Input should be 'text'"
+
+
 def test_what_asks_for_nothing_is_accepted(server: Served) -> None:
     neutral = {
         "frequency_penalty": 0, "presence_penalty": 0.0, "logit_bias": {}, "suffix": None,
         "repetition_penalty": 1.0, "min_p": 0.0, "min_tokens": 0, "skip_special_tokens": True,
         "best_of": 1, "user": "me", "metadata": {"a": "b"}, "store": False, "service_tier": "auto",
         "stop": None, "seed": None, "logprobs": None, "top_k": -1, "response_format": None,
+        "include_stop_str_in_output": False, "spaces_between_special_tokens": True,
+        "use_beam_search": False, "length_penalty": 1.0, "truncate_prompt_tokens": None,
+        "prompt_logprobs": None, "bad_words": [], "request_id": "a", "structured_outputs": None,
     }  # fmt: skip
     status, answer = server.request("POST", "/v1/completions", body(**neutral))
+    assert status == 200, answer
+    neutral = {
+        "logprobs": False, "top_logprobs": 0, "echo": False, "chat_template": None,
+        "documents": None, "continue_final_message": False, "mm_processor_kwargs": None,
+    }  # fmt: skip
+    chat = {"model": MODEL, "messages": CHAT, "max_tokens": 2, **neutral}
+    status, answer = server.request("POST", "/v1/chat/completions", chat)
     assert status == 200, answer
 
 
@@ -485,7 +531,11 @@ def test_unknown_models_and_paths(server: Served, client: OpenAI) -> None:
         client.completions.create(model=MODEL, prompt="a", temperature=-1)
     assert server.request("GET", "/v1/nothing")[0] == 404
     assert server.request("GET", "/v1/nothing")[1]["error"]["code"] == "not_found"
-    assert server.request("GET", "/v1/completions")[0] == 405
+    connection = HTTPConnection("127.0.0.1", server.port, timeout=60)
+    with contextlib.closing(connection):
+        connection.request("GET", "/v1/completions")
+        response = connection.getresponse()
+        assert (response.status, response.getheader("allow")) == (405, "POST")
     status, answer = server.request(
         "POST", "/v1/completions", body(), headers={"Content-Type": "text/plain"}
     )

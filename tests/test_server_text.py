@@ -103,7 +103,7 @@ async def stream_tokens(tokenizer: Tokenizer, tokens: list[int]) -> list[str]:
     for token in tokens[:-1]:
         stream.put(TokenOutput(token))
     stream.put(TokenOutput(tokens[-1], finish_reason="length"))
-    metrics = Metrics(lambda: None, "base")  # type: ignore[arg-type, return-value]
+    metrics = Metrics(lambda: None, lambda _: False, "base")  # type: ignore[arg-type, return-value]
     completion = Completion(0, stream, text_model, StopStrings([]), metrics, 0.0)
     answer = CompletionAnswer("base", text_model, with_logprobs=False, echo=lambda _: "")
     events = answer.events(Generation([completion], 1), include_usage=False)

@@ -68,7 +68,8 @@ class AsyncEngine:
         # Of the device thread alone.
         self._streams: dict[Sequence, Stream] = {}
         self._ended: Counter[str] = Counter()
-        self._generated: Counter[str | None] = Counter()
+        self._num_generated = 0
+        self._generated: Counter[str | None] = Counter()  # By adapter, while it is loaded.
         self._address_changes = 0
         self._addresses_seen = 0.0  # When, by the monotonic clock.
         self._written = (-1, -1)  # Writes and evictions of adapters that were published.
@@ -76,7 +77,8 @@ class AsyncEngine:
         self._lock = threading.Lock()
         self._accepting = False
         self._closed = True  # Whether nobody answers calls.
-        self._requests: Counter[str | None] = Counter()
+        self._num_submitted = self._num_prompt_tokens = 0
+        self._requests: Counter[str | None] = Counter()  # By adapter, while it is loaded.
         self._prompt_tokens: Counter[str | None] = Counter()
         # Replaced as a whole by the device thread.
         self._infos: dict[str, AdapterInfo] = {}
@@ -127,9 +129,6 @@ class AsyncEngine:
         tokens = check_tokens(
             request.prompt, request.max_new_tokens, self._llm.config, self._llm.runtime.cache
         )
-        if request.adapter is not None and request.adapter not in self._infos:
-            loaded = ", ".join(sorted(self._infos)) or "none"
-            raise RequestError(f"adapter {request.adapter!r} is not loaded; loaded: {loaded}")
         timeout = request.timeout
         sequence = Sequence(
             tokens=tokens,
@@ -147,12 +146,17 @@ class AsyncEngine:
         with self._lock:
             if not self._accepting:
                 raise RequestError("the engine is not running, or is shutting down")
+            if request.adapter is not None and not self.is_loaded(request.adapter):
+                loaded = ", ".join(sorted(self._infos)) or "none"
+                raise RequestError(f"adapter {request.adapter!r} is not loaded; loaded: {loaded}")
             # Those that could run may not have been seated yet.
             seats = self._llm.runtime.buckets.max_sequences
             if self._num_waiting() + self._num_running() >= self.max_waiting + seats:
                 raise QueueFullError(
                     f"{self.max_waiting} requests are waiting; try again later or raise max_waiting"
                 )
+            self._num_submitted += 1
+            self._num_prompt_tokens += len(tokens)
             self._requests[request.adapter] += 1
             self._prompt_tokens[request.adapter] += len(tokens)
             self._calls.put(lambda: self._add(sequence, stream))
@@ -199,7 +203,10 @@ class AsyncEngine:
 
         def unload() -> None:
             self._llm.runner.registry.unload(name)
-            self._publish_adapters()
+            with self._lock:
+                self._publish_adapters()
+                for counter in (self._requests, self._prompt_tokens, self._generated):
+                    del counter[name]  # Or the names of all adapters that ever were pile up.
 
         await self._on_device_thread(unload)
 
@@ -233,6 +240,10 @@ class AsyncEngine:
         """The loaded adapters, least recently used first."""
         return list(self._infos.values())
 
+    def is_loaded(self, name: str) -> bool:
+        """Whether an adapter has that name."""
+        return name in self._infos
+
     def stats(self) -> EngineStats:
         """Counters and gauges, as they were after the last step."""
         if self._stats is None:
@@ -240,12 +251,13 @@ class AsyncEngine:
         with self._lock:
             stats, delivered = self._stats, self._delivered
             requests, prompts = dict(self._requests), dict(self._prompt_tokens)
+            submitted, prompt_tokens = self._num_submitted, self._num_prompt_tokens
             waiting = self._num_waiting()
         return replace(
             stats,
             waiting=waiting,
-            submitted=sum(requests.values()),
-            prompt_tokens=sum(prompts.values()),
+            submitted=submitted,
+            prompt_tokens=prompt_tokens,
             adapter_host_bytes=sum(info.host_bytes for info in self.adapters()),
             by_adapter={
                 name: AdapterTraffic(count, prompts[name], delivered.get(name, 0))
@@ -257,7 +269,7 @@ class AsyncEngine:
         """Under the lock: requests that were accepted, and neither run nor have ended."""
         assert self._stats is not None
         ended = sum(self._stats.finished.values())
-        return sum(self._requests.values()) - ended - self._num_running()
+        return self._num_submitted - ended - self._num_running()
 
     def _num_running(self) -> int:
         return 0 if self._stats is None else self._stats.running
@@ -346,7 +358,9 @@ class AsyncEngine:
         """Hand out tokens and ends, then count them, so that what is counted was delivered."""
         waiters: list[Waiter | None] = []
         for sequence, output in outputs:
-            self._generated[sequence.adapter] += 1
+            self._num_generated += 1
+            if sequence.adapter is None or self.is_loaded(sequence.adapter):
+                self._generated[sequence.adapter] += 1
             waiters.append(self._streams[sequence].put(output))
         for sequence in ended:
             stream, reason = self._streams.pop(sequence), sequence.end_reason
@@ -380,7 +394,7 @@ class AsyncEngine:
             submitted=0,
             finished=dict(self._ended),
             prompt_tokens=0,
-            generated_tokens=sum(self._generated.values()),
+            generated_tokens=self._num_generated,
             by_adapter={},  # Made when somebody asks.
             steps=dict(scheduler.steps),
             preemptions=scheduler.preemptions,

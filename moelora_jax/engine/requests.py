@@ -135,7 +135,8 @@ class EngineStats:
         finished: requests ended, by finish reason, and ``error`` for those that failed.
         prompt_tokens: of all accepted requests.
         generated_tokens: delivered to streams.
-        by_adapter: the same by adapter name; None is the base model.
+        by_adapter: the same by name of the loaded adapters, since they were loaded; None is the
+            base model.
         steps: programs run, by kind.
         preemptions: sequences that gave up their cache blocks and were computed again.
         prefix_hits: tokens that were found in the cache instead of being computed.

@@ -2,6 +2,7 @@
 
 import asyncio
 import logging
+import re
 import time
 from collections.abc import Awaitable, Callable, Coroutine
 from dataclasses import dataclass, field
@@ -13,6 +14,7 @@ from fastapi.responses import HTMLResponse, JSONResponse, PlainTextResponse
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from pydantic import BaseModel, ValidationError
 from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from moelora_jax.engine.async_engine import AsyncEngine
@@ -74,7 +76,7 @@ class Service:
         self.engine = engine
         self.text_model = text_model
         self.config = config
-        self.metrics = Metrics(engine.stats, config.model_name)
+        self.metrics = Metrics(engine.stats, engine.is_loaded, config.model_name)
         self.active = 0
         self.draining = False
         self._started = int(time.time())
@@ -168,10 +170,12 @@ class Service:
             )
         folder = root.folder(request.lora_path)
         async with self._changing:
-            if not request.load_inplace and name in self._adapter_names():
+            if not request.load_inplace and self.engine.is_loaded(name):
                 raise ApiError(
                     400,
-                    f"the adapter {name!r} is loaded already; unload it first, or set load_inplace",
+                    # Clients of vLLM look for its words "has already been loaded".
+                    f"the adapter {name!r} has already been loaded; unload it first, or set "
+                    "load_inplace",
                     "already_loaded",
                     param="lora_name",
                 )
@@ -183,7 +187,7 @@ class Service:
         """Forget an adapter."""
         name = request.lora_name
         async with self._changing:
-            if name not in self._adapter_names():
+            if not self.engine.is_loaded(name):
                 raise ApiError(
                     404,
                     f"the adapter {name!r} is not loaded",
@@ -195,9 +199,6 @@ class Service:
         _log.info("unloaded adapter %r", name)
         return f"Success: LoRA adapter '{name}' removed successfully."
 
-    def _adapter_names(self) -> set[str]:
-        return {info.name for info in self.engine.adapters()}
-
     def _adapter(self, model: str, key: Key) -> str | None:
         """The adapter that a model name means, None for the base model.
 
@@ -206,12 +207,12 @@ class Service:
         """
         base = self.config.model_name
         adapter: str | None
-        names = self._adapter_names()
         if model == base:
             adapter, known = None, True
         else:
-            adapter = model if model in names else model.removeprefix(f"{base}:")
-            known = adapter in names
+            loaded = self.engine.is_loaded
+            adapter = model if loaded(model) else model.removeprefix(f"{base}:")
+            known = loaded(adapter)
         if not known or not key.allows(adapter):
             raise ApiError(
                 404,
@@ -339,6 +340,10 @@ def create_app(service: Service) -> FastAPI:
     return app
 
 
+#: What Pydantic writes among the names of fields: which form of a value it speaks of.
+_FORM = re.compile(r"str|constrained-.*|list\[.*")
+
+
 def _body[Schema: BaseModel](
     schema: type[Schema], max_bytes: int
 ) -> Callable[[Request], Awaitable[Schema]]:
@@ -352,16 +357,21 @@ def _body[Schema: BaseModel](
                 415, "send JSON, with Content-Type: application/json", "unsupported_media_type"
             )
         data = bytearray()
-        async for chunk in request.stream():
-            data += chunk
-            if len(data) > max_bytes:
-                raise ApiError(
-                    413,
-                    f"the body has more than the {max_bytes} bytes that this server allows",
-                    "body_too_large",
-                    # What was not read must not be taken for the next request.
-                    headers={"Connection": "close"},
-                )
+        try:
+            async for chunk in request.stream():
+                data += chunk
+                if len(data) > max_bytes:
+                    raise ApiError(
+                        413,
+                        f"the body has more than the {max_bytes} bytes that this server allows",
+                        "body_too_large",
+                        # What was not read must not be taken for the next request.
+                        headers={"Connection": "close"},
+                    )
+        except ClientDisconnect as cause:  # Nobody is there to read it; it is counted.
+            raise ApiError(
+                499, "the client left before its body was whole", "client_gone"
+            ) from cause
         try:
             return schema.model_validate_json(bytes(data))
         except ValidationError as error:
@@ -372,9 +382,13 @@ def _body[Schema: BaseModel](
 
 def _invalid(error: ValidationError) -> ApiError:
     """The first thing that is wrong with a body."""
-    first = error.errors(include_url=False, include_context=False, include_input=False)[0]
-    where = ".".join(str(part) for part in first["loc"])
-    param = str(first["loc"][0]) if first["loc"] else None
+    errors = error.errors(include_url=False, include_context=False, include_input=False)
+    top = errors[0]["loc"][:1]
+    # Where a value may have one of several forms, that which is wrong in the least of its parts.
+    first = max((e for e in errors if e["loc"][:1] == top), key=lambda e: len(e["loc"]))
+    param = str(top[0]) if top else None
+    inner = [str(part) for part in first["loc"][1:]]
+    where = ".".join([*map(str, top), *(part for part in inner if not _FORM.fullmatch(part))])
     if first["type"] == "json_invalid":
         return ApiError(400, f"the body is not valid JSON: {first['msg']}", "invalid_json")
     if first["type"] == "extra_forbidden":
@@ -433,7 +447,8 @@ async def _answer_error(_request: Request, error: Exception) -> Response:
     elif isinstance(error, HTTPException):
         codes = {404: "not_found", 405: "method_not_allowed"}
         code = codes.get(error.status_code, "http_error")
-        error = ApiError(error.status_code, str(error.detail), code)
+        headers = dict(error.headers or {})  # Which methods are allowed.
+        error = ApiError(error.status_code, str(error.detail), code, headers=headers)
     elif not isinstance(error, ApiError):
         error = ApiError(500, "the server failed; its log says why", "internal_error")
     return JSONResponse(error.body, status_code=error.status, headers=error.headers)

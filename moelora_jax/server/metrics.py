@@ -26,10 +26,17 @@ class Metrics:
 
     Args:
         stats: the engine's statistics, asked for when Prometheus asks.
+        is_loaded: whether an adapter has a name.
         base_model: what the label ``adapter`` says of requests to the base model.
     """
 
-    def __init__(self, stats: Callable[[], EngineStats], base_model: str) -> None:
+    def __init__(
+        self,
+        stats: Callable[[], EngineStats],
+        is_loaded: Callable[[str], bool],
+        base_model: str,
+    ) -> None:
+        self._is_loaded = is_loaded
         self._base_model = base_model
         self.registry = CollectorRegistry()
         self.registry.register(_EngineCollector(stats, base_model))
@@ -56,20 +63,23 @@ class Metrics:
             f"moelora_{name}_seconds", text, ["adapter"], registry=self.registry, buckets=buckets
         )
 
-    def _label(self, adapter: str | None) -> str:
-        return self._base_model if adapter is None else adapter
+    def _observe(self, histogram: Histogram, adapter: str | None, seconds: float) -> None:
+        if adapter is None:
+            histogram.labels(self._base_model).observe(seconds)
+        elif self._is_loaded(adapter):  # Or one that was unloaded meanwhile would come back.
+            histogram.labels(adapter).observe(seconds)
 
     def first_token(self, adapter: str | None, seconds: float) -> None:
         """A completion's first token came."""
-        self._first_token.labels(self._label(adapter)).observe(seconds)
+        self._observe(self._first_token, adapter, seconds)
 
     def next_token(self, adapter: str | None, seconds: float) -> None:
         """Another token came, so long after the one before."""
-        self._next_token.labels(self._label(adapter)).observe(seconds)
+        self._observe(self._next_token, adapter, seconds)
 
     def finished(self, adapter: str | None, seconds: float) -> None:
         """A completion ended, in whatever way."""
-        self._request.labels(self._label(adapter)).observe(seconds)
+        self._observe(self._request, adapter, seconds)
 
     def responded(self, path: str, status: int) -> None:
         """A response began; ``path`` is that of a route, not what a client made up."""

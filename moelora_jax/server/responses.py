@@ -110,7 +110,9 @@ class CompletionAnswer(Answer):
             "tokens": [self._token(token.output.token) for token in piece.tokens],
             "token_logprobs": [_finite(token.output.logprob) for token in piece.tokens],
             "top_logprobs": [
+                # The API has the chosen token among them even if it is none of the best.
                 {self._token(other): _finite(value) for other, value in token.output.top_logprobs}
+                | {self._token(token.output.token): _finite(token.output.logprob)}
                 for token in piece.tokens
             ],
             "text_offset": [token.offset for token in piece.tokens],

@@ -17,6 +17,7 @@ _WITHOUT_EFFECT = {
     "parallel_tool_calls",
     "prompt_cache_key",
     "prompt_cache_retention",
+    "request_id",
     "safety_identifier",
     "user",
 }
@@ -24,27 +25,43 @@ _WITHOUT_EFFECT = {
 #: Parameters that are not supported, of OpenAI and of vLLM, with the values that ask for nothing:
 #: clients and load tests send these.
 _NEUTRAL: dict[str, tuple[Any, ...]] = {
+    "allowed_token_ids": (),
     "audio": (),
+    "bad_words": ([],),
+    "cache_salt": (),
+    "chat_template": (),
+    "continue_final_message": (False,),
+    "documents": (),
+    "echo": (False,),
     "frequency_penalty": (0,),
     "function_call": ("none",),
     "functions": ([],),
+    "include_stop_str_in_output": (False,),
+    "kv_transfer_params": (),
+    "length_penalty": (1,),
     "logit_bias": ({},),
     "min_p": (0,),
     "min_tokens": (0,),
+    "mm_processor_kwargs": (),
     "modalities": (["text"],),
     "moderation": (),
     "prediction": (),
     "presence_penalty": (0,),
     "priority": (0,),
+    "prompt_logprobs": (),
     "reasoning_effort": (),
     "repetition_penalty": (1,),
     "response_format": ({"type": "text"},),
     "service_tier": ("auto", "default"),
     "skip_special_tokens": (True,),
+    "spaces_between_special_tokens": (True,),
     "store": (False,),
+    "structured_outputs": (),
     "suffix": ("",),
     "tool_choice": ("none", "auto"),
     "tools": ([],),
+    "truncate_prompt_tokens": (),
+    "use_beam_search": (False,),
     "verbosity": (),
     "web_search_options": (),
 }
@@ -203,7 +220,7 @@ class ChatCompletionRequest(GenerationRequest):
 
     @model_validator(mode="after")
     def _check_logprobs(self) -> "ChatCompletionRequest":
-        if self.top_logprobs is not None and not self.logprobs:
+        if self.top_logprobs and not self.logprobs:  # vLLM's clients send 0, its default.
             raise ApiError(
                 400,
                 "top_logprobs is only allowed with logprobs=true",
@@ -221,6 +238,8 @@ class LoadAdapterRequest(BaseModel):
     lora_name: Annotated[str, Field(min_length=1)]
     lora_path: Annotated[str, Field(min_length=1)]
     load_inplace: bool = False
+    # vLLM believes this; here the file tells.
+    is_3d_lora_weight: bool = False
     layout: str | None = None
 
 

@@ -6,6 +6,7 @@ import sys
 from types import FrameType
 
 import uvicorn
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from moelora_jax.errors import RequestError
 from moelora_jax.server.app import Service, create_app
@@ -16,6 +17,30 @@ _CLOSING_SECONDS = 5
 #: How long an idle connection is kept. Longer than clients keep theirs, or a request now and then
 #: meets a connection that is just being closed.
 _IDLE_SECONDS = 75
+
+
+#: Bytes of a request that are no body, such as headers. uvicorn would keep any number.
+_MAX_HEAD_BYTES = 64 * 2**10
+
+
+class _Protocol(HttpToolsProtocol):
+    """uvicorn's, but strangers cannot fill the memory with headers that never end."""
+
+    _head_bytes = 0
+
+    def data_received(self, data: bytes) -> None:
+        self._head_bytes += len(data)
+        super().data_received(data)
+        if self._head_bytes > _MAX_HEAD_BYTES and not self.transport.is_closing():
+            self.send_400_response(f"The headers have more than {_MAX_HEAD_BYTES} bytes.")
+
+    def on_body(self, body: bytes) -> None:
+        self._head_bytes = 0
+        super().on_body(body)
+
+    def on_message_complete(self) -> None:
+        self._head_bytes = 0
+        super().on_message_complete()
 
 
 class Server(uvicorn.Server):
@@ -36,6 +61,7 @@ class Server(uvicorn.Server):
         super().__init__(
             uvicorn.Config(
                 create_app(service),
+                http=_Protocol,
                 lifespan="off",
                 access_log=False,
                 server_header=False,
