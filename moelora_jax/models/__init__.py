@@ -56,6 +56,7 @@ class ModelFamily:
     ignored_tensors: Sequence[str] = ()
 
 
+_MODELOPT = "hf_quant_config.json"
 # Some old checkpoints hold what can be computed from the config.
 _ROTARY_FREQUENCIES = "model.layers.*.self_attn.rotary_emb.inv_freq"
 # The layer behind the last one, which predicts one more token; it is of use for speculation only.
@@ -114,9 +115,9 @@ def family_of(raw: Mapping[str, Any]) -> ModelFamily:
         CheckpointError: the architecture is not supported.
     """
     architectures = raw.get("architectures") or []
-    for name in architectures:
-        if name in FAMILIES:
-            return FAMILIES[name]
+    for name, family in FAMILIES.items():
+        if isinstance(architectures, list) and name in architectures:
+            return family
     raise CheckpointError(
         f"config.json: architectures {architectures} are not supported; "
         f"supported are {', '.join(sorted(FAMILIES))}"
@@ -130,6 +131,11 @@ def read_model_config(folder: str | Path) -> tuple[ModelFamily, ModelConfig]:
         CheckpointError: config.json is missing, damaged or of an unsupported model.
     """
     raw = read_config(folder)
+    # ModelOpt quantizes weights and leaves config.json as it is.
+    if (Path(folder) / _MODELOPT).exists():
+        raise CheckpointError(
+            f"{folder}: {_MODELOPT}: quantized weights are not supported; use a bf16 model"
+        )
     try:
         family = family_of(raw)
         return family, family.read_config(raw)
@@ -159,9 +165,10 @@ def load_model(
         arrays = load_orbax(folder, parameters, dtype)
     else:
         ignored = [name.format(num_layers=config.num_layers) for name in family.ignored_tensors]
-        if config.tie_embeddings:
-            ignored.append("lm_head.weight")
-        arrays = load_parameters(folder, parameters, dtype, ignore=ignored, progress=progress)
+        same = {"lm_head.weight": "model.embed_tokens.weight"} if config.tie_embeddings else {}
+        arrays = load_parameters(
+            folder, parameters, dtype, ignore=ignored, same=same, progress=progress
+        )
     return build_model(family, config, arrays, dtype), config, family
 
 

@@ -76,6 +76,7 @@ def load_parameters(
     dtype: DTypeLike,
     *,
     ignore: Sequence[str] = (),
+    same: Mapping[str, str] | None = None,
     progress: bool = False,
 ) -> dict[str, jax.Array]:
     """Load a Hugging Face checkpoint of safetensors files onto the default device.
@@ -89,6 +90,8 @@ def load_parameters(
         dtype: of the result: float32, bfloat16 or float16.
         ignore: shell-style patterns of tensors that may be there and are not read, such as
             ``"*.rotary_emb.inv_freq"``. A tensor that a parameter names is always read.
+        same: tensors of tied embeddings that may be there, and are not used: name to the name of
+            the one that they must equal.
         progress: whether to show a progress bar on stderr.
 
     Returns:
@@ -104,7 +107,14 @@ def load_parameters(
     check_table(parameters)
     folder = existing_folder(folder)
     with _open_tensors(folder) as files:
-        _check_tensors(folder, parameters, files, ignore)
+        same = {name: other for name, other in (same or {}).items() if name in files}
+        _check_tensors(folder, parameters, files, [*ignore, *same])
+        for name, other in same.items():
+            if not np.array_equal(files[name].read(name), files[other].read(other)):
+                raise CheckpointError(
+                    f"{files[name].path}: tensor {name!r} is another one than {other!r}, but "
+                    "tie_word_embeddings in config.json says that they are the same"
+                )
         bar = Progress(
             TextColumn("{task.description}"),
             BarColumn(),

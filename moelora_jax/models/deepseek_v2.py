@@ -11,6 +11,7 @@ from moelora_jax.models.decoder import (
     shared_parameters,
 )
 from moelora_jax.models.model_config import (
+    ConfigValues,
     known_values,
     read_decoder_config,
     refuse_other,
@@ -59,9 +60,7 @@ def read_model_config(raw: Mapping[str, Any]) -> ModelConfig:
     return read_deepseek_config(values, ARCHITECTURE, groups=groups, renormalize=False)
 
 
-def read_deepseek_config(
-    values: Mapping[str, Any], architecture: str, **router: Any
-) -> ModelConfig:
+def read_deepseek_config(values: ConfigValues, architecture: str, **router: Any) -> ModelConfig:
     """What the configs of DeepSeek-V2 and -V3 say alike.
 
     Args:
@@ -88,10 +87,18 @@ def read_deepseek_config(
         "v_head_dim",
     )
     heads = values["num_attention_heads"]
-    refuse_other(values, hidden_act="silu", moe_layer_freq=1, num_key_value_heads=heads)
+    head_dim = values["qk_nope_head_dim"] + values["qk_rope_head_dim"]
+    refuse_other(
+        values,
+        hidden_act="silu",
+        moe_layer_freq=1,
+        num_key_value_heads=heads,
+        num_experts=values["n_routed_experts"],
+        qk_head_dim=head_dim,
+    )
     refuse_quantized(values)
     return read_decoder_config(
-        {**values, "num_key_value_heads": heads},
+        values,
         architecture,
         MoeConfig(
             num_experts=values["n_routed_experts"],
@@ -101,7 +108,8 @@ def read_deepseek_config(
             routed_scaling=float(values["routed_scaling_factor"]),
             **router,
         ),
-        head_dim=values["qk_nope_head_dim"] + values["qk_rope_head_dim"],
+        num_kv_heads=heads,
+        head_dim=head_dim,
         latent=LatentConfig(
             query_rank=values.get("q_lora_rank"),
             key_value_rank=values["kv_lora_rank"],
@@ -111,6 +119,16 @@ def read_deepseek_config(
         moe_layers=tuple(range(values["first_k_dense_replace"], values["num_hidden_layers"])),
         dense_intermediate_size=values["intermediate_size"],
         shared_intermediate_size=values["n_shared_experts"] * values["moe_intermediate_size"],
+        without_effect=(
+            # What transformers 5 calls so is the rotated part of a head.
+            "head_dim",
+            # Of routers that choose groups of experts.
+            "n_group",
+            "topk_group",
+            # Layers behind the last one, which predict more tokens.
+            "num_nextn_predict_layers",
+            "num_mtp_layers",
+        ),
     )
 
 

@@ -15,6 +15,7 @@ from moelora_jax.models.model_config import (
     known_values,
     read_decoder_config,
     refuse_other,
+    refuse_quantized,
     require,
 )
 from moelora_jax.models.parameters import Parameter
@@ -50,10 +51,15 @@ def read_model_config(raw: Mapping[str, Any]) -> ModelConfig:
         # transformers assumes its own YaRN where there is none.
         "rope_parameters" if "rope_scaling" not in values else "rope_scaling",
     )
-    refuse_other(values, hidden_act="silu", swiglu_alpha=1.702, swiglu_limit=7.0)
-    if "quantization_config" in values:
-        require(values["quantization_config"], "quant_method")
-        refuse_other(values["quantization_config"], quant_method="mxfp4")
+    refuse_other(
+        values,
+        hidden_act="silu",
+        swiglu_alpha=1.702,
+        swiglu_limit=7.0,
+        experts_per_token=values["num_experts_per_tok"],
+    )
+    if not _is_mxfp4(values.get("quantization_config")):
+        refuse_quantized(values)
     layer_types = values["layer_types"]
     if len(layer_types) != values["num_hidden_layers"] or set(layer_types) - {_SLIDING, _FULL}:
         raise CheckpointError(
@@ -78,7 +84,13 @@ def read_model_config(raw: Mapping[str, Any]) -> ModelConfig:
         attention_sinks=True,
         sliding_window=values["sliding_window"],
         sliding_layers=tuple(i for i, kind in enumerate(layer_types) if kind == _SLIDING),
+        # The length before YaRN, which rope_scaling has, too.
+        without_effect=("initial_context_length",),
     )
+
+
+def _is_mxfp4(quantization: object) -> bool:
+    return isinstance(quantization, dict) and quantization.get("quant_method") == "mxfp4"
 
 
 def checkpoint_parameters(config: ModelConfig) -> dict[str, Parameter]:

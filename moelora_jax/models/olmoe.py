@@ -26,7 +26,14 @@ def read_model_config(raw: Mapping[str, Any]) -> ModelConfig:
         CheckpointError: a key is missing, or asks for something that is not supported.
     """
     values = known_values(raw, _DEFAULTS)
-    require(values, "hidden_size", "num_experts", "num_experts_per_tok", "intermediate_size")
+    require(
+        values,
+        "hidden_size",
+        "num_attention_heads",
+        "num_experts",
+        "num_experts_per_tok",
+        "intermediate_size",
+    )
     refuse_other(values, hidden_act="silu")
     refuse_quantized(values)
     clip = values.get("clip_qkv")
@@ -40,6 +47,7 @@ def read_model_config(raw: Mapping[str, Any]) -> ModelConfig:
             intermediate_size=values["intermediate_size"],
             renormalize=bool(values.get("norm_topk_prob", False)),
         ),
+        num_kv_heads=values.get("num_key_value_heads", values["num_attention_heads"]),
         qk_norm="projection",
         clip_qkv=None if clip is None else float(clip),
     )

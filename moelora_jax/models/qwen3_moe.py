@@ -38,7 +38,7 @@ def read_model_config(raw: Mapping[str, Any]) -> ModelConfig:
         "num_experts_per_tok",
         "moe_intermediate_size",
     )
-    refuse_other(values, hidden_act="silu", use_sliding_window=False)
+    refuse_other(values, hidden_act="silu", use_sliding_window=False, use_qk_norm=True)
     refuse_quantized(values)
 
     sparse_step = values.get("decoder_sparse_step", 1)
@@ -61,6 +61,8 @@ def read_model_config(raw: Mapping[str, Any]) -> ModelConfig:
         moe_layers=moe_layers,
         dense_intermediate_size=values.get("intermediate_size", 0),
         qk_norm="head",
+        # Of sliding windows, which are off.
+        without_effect=("sliding_window", "max_window_layers"),
     )
 
 
