@@ -213,6 +213,15 @@ def test_usage_of_a_stream(client: OpenAI) -> None:
     assert chunks[-1].usage.completion_tokens == 10
 
 
+def test_usage_in_every_event(server: Served) -> None:
+    sent = body(prompt=PROMPT, max_tokens=5, ignore_eos=True)
+    sent["stream_options"] = {"include_usage": True, "continuous_usage_stats": True}
+    usages = [chunk["usage"] for chunk in events(server, "/v1/completions", sent)]
+    counts = [usage["completion_tokens"] for usage in usages]
+    assert counts == sorted(counts) and counts[-1] == 5 and counts[0] >= 1
+    assert {usage["prompt_tokens"] for usage in usages} == {usages[-1]["prompt_tokens"]}
+
+
 def test_several_prompts_and_choices(server: Served, client: OpenAI) -> None:
     prompts = ["one", "two", [1, 2, 3]]
     single = [
@@ -372,6 +381,115 @@ def test_logprobs_end_where_the_text_does(client: OpenAI) -> None:
     stopped = client.completions.create(stop=stop, **options).choices[0]
     assert stopped.logprobs is not None and stopped.logprobs.text_offset is not None
     assert all(offset < len(stopped.text) for offset in stopped.logprobs.text_offset)
+
+
+# Tokens: what a trainer learns from must be the tokens that were sampled.
+
+
+@pytest.mark.parametrize("end", ["length", "stop token", "stop string"])
+def test_token_ids(server: Served, alone: Any, end: str) -> None:
+    """Prompt and completion come as tokens, with a log-probability for each of them."""
+    text_model = server.service.text_model
+    tokens, more = alone[PROMPT, MODEL, Sampling()][:16], {}
+    if end == "stop token":
+        more = {"stop_token_ids": [tokens[9]]}
+        tokens = tokens[: tokens.index(tokens[9]) + 1]
+    elif end == "stop string":
+        more = {"stop": text_model.tokenizer.decode(tokens)[4:6]}
+    sent = body(
+        prompt=PROMPT, max_tokens=16, temperature=0, ignore_eos=True, n=2, logprobs=1,
+        return_token_ids=True, return_tokens_as_token_ids=True, **more,
+    )  # fmt: skip
+    answer = server.request("POST", "/v1/completions", sent)[1]
+    lengths = []
+    for choice in answer["choices"]:
+        assert choice["prompt_token_ids"] == text_model.encode(PROMPT)
+        lengths.append(len(choice["token_ids"]))
+        assert choice["token_ids"] == tokens[: lengths[-1]]
+        names = [f"token_id:{token}" for token in choice["token_ids"]]
+        assert choice["logprobs"]["tokens"] == names
+        assert [max(top, key=top.get) for top in choice["logprobs"]["top_logprobs"]] == names
+    assert sum(lengths) == answer["usage"]["completion_tokens"]
+    assert set(lengths) == {len(tokens)} if end != "stop string" else max(lengths) < 16
+
+    chunks = events(server, "/v1/completions", sent)
+    for index, choice in enumerate(answer["choices"]):
+        mine = [chunk["choices"][0] for chunk in chunks if chunk["choices"][0]["index"] == index]
+        assert [token for part in mine for token in part["token_ids"]] == choice["token_ids"]
+        prompts = [part.get("prompt_token_ids") for part in mine]
+        assert prompts == [choice["prompt_token_ids"]] + [None] * (len(mine) - 1)
+
+
+def test_token_ids_of_chats(server: Served) -> None:
+    sent: Any = {
+        "model": MODEL, "messages": CHAT, "max_tokens": 24, "temperature": 0, "logprobs": True,
+        "return_token_ids": True,
+    }  # fmt: skip
+    free = server.request("POST", "/v1/chat/completions", {**sent, "ignore_eos": True})[1]
+    sent["stop_token_ids"] = [free["choices"][0]["token_ids"][7]]
+    answer = server.request("POST", "/v1/chat/completions", sent)[1]
+    (choice,) = answer["choices"]
+    assert choice["finish_reason"] == "stop"
+    assert answer["prompt_token_ids"] == server.service.text_model.encode(RENDERED)
+    assert choice["token_ids"][-1] == sent["stop_token_ids"][0]
+    assert len(choice["token_ids"]) == answer["usage"]["completion_tokens"]
+    assert len(choice["logprobs"]["content"]) == len(choice["token_ids"])
+    chunks = events(server, "/v1/chat/completions", sent)
+    assert [chunk.get("prompt_token_ids") for chunk in chunks][:2] == [
+        answer["prompt_token_ids"], None,
+    ]  # fmt: skip
+    parts = [chunk["choices"][0].get("token_ids", []) for chunk in chunks]
+    assert [token for part in parts for token in part] == choice["token_ids"]
+
+
+def events(server: Served, path: str, sent: dict[str, Any]) -> list[dict[str, Any]]:
+    status, text = server.request("POST", path, {**sent, "stream": True})
+    assert status == 200, text
+    return [json.loads(line[6:]) for line in text.splitlines() if line.startswith("data: {")]
+
+
+def test_tokenize(server: Served) -> None:
+    text_model = server.service.text_model
+    tokens = text_model.encode(PROMPT)
+    status, answer = server.request("POST", "/tokenize", {"model": MODEL, "prompt": PROMPT})
+    assert status == 200
+    assert answer["tokens"] == tokens and answer["count"] == len(tokens)
+    assert answer["max_model_len"] == server.llm.runtime.cache.max_length
+    assert server.request("POST", "/detokenize", {"tokens": tokens}) == (200, {"prompt": PROMPT})
+    asked = {"messages": CHAT, "return_token_strs": True}
+    answer = server.request("POST", "/tokenize", asked)[1]
+    assert answer["tokens"] == text_model.encode(RENDERED)
+    assert [text_model.tokenizer.token_to_id(name) for name in answer["token_strs"]] == (
+        answer["tokens"]
+    )
+    back = server.request("POST", "/detokenize", {"tokens": answer["tokens"]})[1]
+    assert back == {"prompt": RENDERED}  # Special tokens, too.
+    for bad, param in (
+        ({}, "prompt"),
+        ({"prompt": "a", "messages": CHAT}, "prompt"),
+        ({"prompt": 3}, "prompt"),
+        ({"messages": CHAT, "add_special_tokens": True}, "add_special_tokens"),
+        ({"prompt": "a", "model": "nobody"}, "model"),
+    ):
+        status, answer = server.request("POST", "/tokenize", bad)
+        assert status in (400, 404) and answer["error"]["param"] == param
+    for tokens in ([-1], ["a"]):
+        assert error(server, {"tokens": tokens}, "/detokenize")["param"] == "tokens"
+    assert server.request("POST", "/detokenize", {"tokens": [2**31 - 1]})[1] == {"prompt": ""}
+
+
+def test_an_answer_that_was_begun_is_continued(server: Served, client: OpenAI) -> None:
+    text = RENDERED + "I say"
+    expected = client.completions.create(model=MODEL, prompt=text, max_tokens=8, **GREEDY)
+    messages = [*CHAT, {"role": "assistant", "content": "I say"}]
+    extra = {"continue_final_message": True, "add_generation_prompt": False, "ignore_eos": True}
+    answer = client.chat.completions.create(
+        model=MODEL, messages=messages, max_tokens=8, temperature=0, extra_body=extra
+    )
+    assert answer.choices[0].message.content == expected.choices[0].text
+    assert answer.usage == expected.usage
+    both = {"model": MODEL, "messages": messages, "continue_final_message": True}
+    assert error(server, both, "/v1/chat/completions")["param"] == "continue_final_message"
 
 
 # Bad requests.
@@ -579,6 +697,7 @@ def test_health(server: Served) -> None:
 
 def test_the_guide_names_metrics_and_errors(server: Served) -> None:
     guide = (ROOT / "docs" / "serving.md").read_text(encoding="utf-8")
+    assert server.request("POST", "/v1/completions", body(max_tokens=2, ignore_eos=True))[0] == 200
     names = {re.sub(r"(_bucket|_sum|_count|_created)?(\{.*)?$", "", n) for n in server.metrics()}
     assert len(names) > 25
     for name in names:

@@ -78,6 +78,8 @@ def test_without_a_right_key_there_is_nothing(server: Served, key: str | None) -
         ("POST", "/v1/completions", {"model": MODEL, "prompt": "a"}),
         ("POST", "/v1/chat/completions", {"model": MODEL, "messages": []}),
         ("POST", "/v1/completions", b"not JSON, but that is not told to strangers"),
+        ("POST", "/tokenize", {"prompt": "a"}),
+        ("POST", "/detokenize", {"tokens": [1]}),
         ("POST", "/v1/load_lora_adapter", {"lora_name": "a", "lora_path": "b"}),
         ("POST", "/v1/unload_lora_adapter", {"lora_name": "experts-r8"}),
     ):

@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, pre_tokenizers
 from tokenizers.models import BPE, WordPiece
+from tokenizers.processors import TemplateProcessing
 from tokenizers.trainers import BpeTrainer
 
 from moelora_jax import CheckpointError, RequestError
@@ -106,7 +107,7 @@ async def stream_tokens(tokenizer: Tokenizer, tokens: list[int]) -> list[str]:
     metrics = Metrics(lambda: None, lambda _: False, "base")  # type: ignore[arg-type, return-value]
     completion = Completion(0, stream, text_model, StopStrings([]), metrics, 0.0)
     answer = CompletionAnswer("base", text_model, with_logprobs=False, echo=lambda _: "")
-    events = answer.events(Generation([completion], 1), include_usage=False)
+    events = answer.events(Generation([completion], 1))
     lines = b"".join([event async for event in events]).decode().splitlines()
     chunks = [json.loads(line.removeprefix("data: ")) for line in lines if "{" in line]
     return [chunk["choices"][0]["text"] for chunk in chunks]
@@ -240,6 +241,44 @@ def test_templates_render_as_in_transformers(template: str, options: dict[str, A
         assert expected == ChatTemplate(template, special_tokens).render(
             MESSAGES, add_generation_prompt=add_generation_prompt, options=options
         )
+
+
+@pytest.mark.parametrize("content", ["I think", "I think ", " I think\n", "<|im_end|>"])
+@pytest.mark.parametrize(
+    "template",
+    [
+        CHAT_TEMPLATE,
+        "{% for m in messages %}[{{ m.role }}] {{ m.content | trim }}</s>{% endfor %}",
+        "{% for m in messages %}{{ m.content }}{{ '</s>' if loop.last }}{% endfor %}",
+    ],
+)
+def test_a_message_is_continued_as_in_transformers(template: str, content: str) -> None:
+    transformers = pytest.importorskip("transformers")
+    theirs = transformers.PreTrainedTokenizerFast(tokenizer_object=TOKENIZERS["byte level"])
+    messages = [*MESSAGES, {"role": "assistant", "content": content}]
+    expected = theirs.apply_chat_template(
+        messages, chat_template=template, tokenize=False, continue_final_message=True
+    )
+    assert expected == ChatTemplate(template).render(
+        messages, add_generation_prompt=False, continue_final_message=True
+    )
+
+
+def test_special_tokens_around_a_text() -> None:
+    tokenizer = byte_level()
+    tokenizer.add_special_tokens(["<s>"])
+    (begin,) = tokenizer.encode("<s>").ids
+    tokenizer.post_processor = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", begin)])
+    text_model = TextModel(tokenizer, ChatTemplate("a"), frozenset())
+    alone = text_model.encode("a", add_special_tokens=False)
+    assert text_model.encode("a") == [begin, *alone]
+    assert text_model.encode_chat(MESSAGES) == alone  # The template writes them.
+
+
+def test_a_message_that_is_not_written_cannot_be_continued() -> None:
+    template = ChatTemplate("{{ messages[0].content }}")
+    with pytest.raises(RequestError, match="nothing can go on"):
+        template.render(MESSAGES, add_generation_prompt=False, continue_final_message=True)
 
 
 @pytest.mark.parametrize(

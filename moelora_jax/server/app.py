@@ -4,7 +4,7 @@ import asyncio
 import logging
 import re
 import time
-from collections.abc import Awaitable, Callable, Coroutine
+from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from dataclasses import dataclass, field
 from importlib.resources import files
 from typing import Annotated, Any
@@ -27,9 +27,13 @@ from moelora_jax.server.metrics import Metrics
 from moelora_jax.server.responses import Answer, ChatAnswer, CompletionAnswer, EventStream
 from moelora_jax.server.schemas import (
     ChatCompletionRequest,
+    ChatMessage,
     CompletionRequest,
+    Conversation,
+    DetokenizeRequest,
     GenerationRequest,
     LoadAdapterRequest,
+    TokenizeRequest,
     UnloadAdapterRequest,
 )
 from moelora_jax.server.text import TextModel
@@ -86,7 +90,8 @@ class Service:
         """Queue what ``/v1/completions`` asks for."""
         arrival = time.monotonic()
         adapter = self._adapter(request.model, key)
-        prompts = [await self._tokens(prompt) for prompt in request.prompts]
+        special = request.add_special_tokens
+        prompts = [await self._tokens(p, add_special_tokens=special) for p in request.prompts]
         generation = self._start(
             request,
             prompts=prompts,
@@ -99,6 +104,7 @@ class Service:
             request.model,
             self.text_model,
             with_logprobs=request.logprobs is not None,
+            **_token_options(request),
             echo=lambda index: self._echo(request, index),
         )
         return _Work(generation, answer, request)
@@ -107,12 +113,7 @@ class Service:
         """Queue what ``/v1/chat/completions`` asks for."""
         arrival = time.monotonic()
         adapter = self._adapter(request.model, key)
-        prompt = await asyncio.to_thread(
-            self.text_model.encode_chat,
-            [message.for_template() for message in request.messages],
-            add_generation_prompt=request.add_generation_prompt,
-            options=request.chat_template_kwargs,
-        )
+        prompt = await self._chat_tokens(request, request.messages)
         generation = self._start(
             request,
             prompts=[prompt],
@@ -121,8 +122,41 @@ class Service:
             num_logprobs=(request.top_logprobs or 0) if request.logprobs else None,
             arrival=arrival,
         )
-        answer = ChatAnswer(request.model, self.text_model, with_logprobs=bool(request.logprobs))
+        answer = ChatAnswer(
+            request.model,
+            self.text_model,
+            with_logprobs=bool(request.logprobs),
+            **_token_options(request),
+        )
         return _Work(generation, answer, request)
+
+    async def tokenize(self, request: TokenizeRequest, key: Key) -> dict[str, Any]:
+        """What ``/tokenize`` answers."""
+        if request.model is not None:
+            self._adapter(request.model, key)
+        if request.messages is not None:
+            tokens = await self._chat_tokens(request, request.messages)
+        else:
+            assert request.prompt is not None
+            add_special_tokens = request.add_special_tokens is not False
+            tokens = await self._tokens(request.prompt, add_special_tokens=add_special_tokens)
+        names = None
+        if request.return_token_strs:
+            names = [self.text_model.tokenizer.id_to_token(token) for token in tokens]
+        return {
+            "count": len(tokens),
+            "max_model_len": self.config.limits.max_length,
+            "tokens": tokens,
+            "token_strs": names,
+        }
+
+    async def detokenize(self, request: DetokenizeRequest, key: Key) -> dict[str, Any]:
+        """What ``/detokenize`` answers: the text, that of special tokens included."""
+        if request.model is not None:
+            self._adapter(request.model, key)
+        decode = self.text_model.tokenizer.decode
+        text = await asyncio.to_thread(decode, request.tokens, skip_special_tokens=False)
+        return {"prompt": text}
 
     def models(self, key: Key) -> dict[str, Any]:
         """What ``/v1/models`` lists: those that the key may use."""
@@ -223,11 +257,21 @@ class Service:
             )
         return adapter
 
-    async def _tokens(self, prompt: str | list[int]) -> list[int]:
+    async def _tokens(self, prompt: str | list[int], *, add_special_tokens: bool) -> list[int]:
         """Tokens of a prompt. Long texts take a while, and others must not wait for it."""
-        if isinstance(prompt, str):
-            return await asyncio.to_thread(self.text_model.encode, prompt)
-        return prompt
+        if not isinstance(prompt, str):
+            return prompt
+        encode = self.text_model.encode
+        return await asyncio.to_thread(encode, prompt, add_special_tokens=add_special_tokens)
+
+    async def _chat_tokens(self, how: Conversation, messages: Sequence[ChatMessage]) -> list[int]:
+        return await asyncio.to_thread(
+            self.text_model.encode_chat,
+            [message.for_template() for message in messages],
+            add_generation_prompt=how.add_generation_prompt,
+            continue_final_message=how.continue_final_message,
+            options=how.chat_template_kwargs,
+        )
 
     def _echo(self, request: CompletionRequest, index: int) -> str:
         if not request.echo:
@@ -250,6 +294,13 @@ class _Work:
     generation: Generation
     answer: Answer
     request: GenerationRequest
+
+
+def _token_options(request: GenerationRequest) -> dict[str, bool]:
+    return {
+        "with_token_ids": bool(request.return_token_ids),
+        "name_tokens_by_id": bool(request.return_tokens_as_token_ids),
+    }
 
 
 def create_app(service: Service) -> FastAPI:
@@ -288,6 +339,18 @@ def create_app(service: Service) -> FastAPI:
         request: Annotated[ChatCompletionRequest, body(ChatCompletionRequest)],
     ) -> Response:
         return await _respond(service, http, service.chat(request, key))
+
+    @app.post("/tokenize")
+    async def tokenize(
+        key: Client, request: Annotated[TokenizeRequest, body(TokenizeRequest)]
+    ) -> Response:
+        return JSONResponse(await service.tokenize(request, key))
+
+    @app.post("/detokenize")
+    async def detokenize(
+        key: Client, request: Annotated[DetokenizeRequest, body(DetokenizeRequest)]
+    ) -> Response:
+        return JSONResponse(await service.detokenize(request, key))
 
     @app.get("/v1/models")
     async def models(key: Client) -> Response:
@@ -409,7 +472,7 @@ async def _respond(service: Service, http: Request, start: Coroutine[Any, Any, _
         work = await start
         if work.request.stream:
             streaming = True
-            events = work.answer.events(work.generation, include_usage=work.request.include_usage)
+            events = work.answer.events(work.generation, work.request.stream_options)
             return EventStream(events, lambda: _close(service, work))
         pieces = await _unless_gone(http, work.generation.collect())
         if pieces is None:

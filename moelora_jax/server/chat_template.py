@@ -23,6 +23,10 @@ from moelora_jax.errors import CheckpointError, RequestError
 _SPECIAL_TOKENS = ("bos_token", "eos_token", "pad_token", "unk_token")
 
 
+#: Marks where the content of a message ends: it is no text that anybody would send.
+_END = "\ue000 end of the final message \ue000 "
+
+
 class ChatTemplate:
     """A compiled chat template.
 
@@ -46,6 +50,7 @@ class ChatTemplate:
         messages: Sequence[Mapping[str, Any]],
         *,
         add_generation_prompt: bool = True,
+        continue_final_message: bool = False,
         options: Mapping[str, Any] | None = None,
     ) -> str:
         """The text of a conversation, up to where the answer begins.
@@ -53,11 +58,17 @@ class ChatTemplate:
         Args:
             messages: of plain JSON values, with ``role`` and ``content``.
             add_generation_prompt: whether the beginning of an answer follows.
+            continue_final_message: whether to leave out what follows the last message's content, so
+                that the answer continues it.
             options: more names for the template, such as ``enable_thinking``.
 
         Raises:
             RequestError: the template refuses the messages or fails on them.
         """
+        if continue_final_message:
+            last = dict(messages[-1])
+            last["content"] = f"{last.get('content') or ''}{_END}"
+            messages = [*messages[:-1], last]
         names = {
             **self._special_tokens,
             **(options or {}),
@@ -67,11 +78,21 @@ class ChatTemplate:
             "add_generation_prompt": add_generation_prompt,
         }
         try:
-            return self._template.render(names)
+            text = self._template.render(names)
         except Exception as cause:  # A template is a program: it may fail in any way.
             raise RequestError(
                 f"the chat template does not accept these messages: {cause}"
             ) from cause
+        if not continue_final_message:
+            return text
+        before, mark, after = text.rpartition(_END.rstrip())
+        if not mark:
+            raise RequestError(
+                "the chat template does not write what the last message says: nothing can go on "
+                "from there"
+            )
+        # A template that cuts off spaces would have done so before the mark, too.
+        return before if after.startswith(" ") else before.rstrip()
 
 
 def read_chat_template(folder: Path, file: Path | None = None) -> ChatTemplate | None:

@@ -5,7 +5,7 @@ import logging
 import secrets
 import time
 from collections.abc import AsyncIterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 from moelora_jax.engine.async_engine import AsyncEngine
 from moelora_jax.engine.requests import Request, TokenOutput
@@ -45,12 +45,14 @@ class Piece:
         index: of the completion.
         text: empty where the token has none, or none yet.
         tokens: the tokens that begin in the text, if log-probabilities were asked for.
+        token_ids: all tokens, those without text and stop tokens, too.
         finish_reason: ``stop`` or ``length`` in the last piece, else None.
     """
 
     index: int
     text: str
     tokens: tuple[ScoredToken, ...] = ()
+    token_ids: tuple[int, ...] = ()
     finish_reason: str | None = None
 
 
@@ -106,14 +108,24 @@ class Generation:
 
     async def collect(self) -> list[Piece]:
         """Each completion as one piece."""
-        whole = [Piece(index, "") for index in range(len(self._completions))]
+        parts: list[list[Piece]] = [[] for _ in self._completions]
         async for pieces in self.pieces():
             for piece in pieces:
-                before = whole[piece.index]
-                whole[piece.index] = replace(
-                    piece, text=before.text + piece.text, tokens=before.tokens + piece.tokens
-                )
-        return whole
+                parts[piece.index].append(piece)
+        return [
+            Piece(
+                index,
+                "".join(piece.text for piece in part),
+                tuple(token for piece in part for token in piece.tokens),
+                tuple(token for piece in part for token in piece.token_ids),
+                part[-1].finish_reason,
+            )
+            for index, part in enumerate(parts)
+        ]
+
+    def prompt(self, index: int) -> tuple[int, ...]:
+        """The prompt of a completion."""
+        return self._completions[index].stream.request.prompt
 
     def close(self) -> None:
         """Cancel what is not finished."""
@@ -123,7 +135,10 @@ class Generation:
 
 @dataclass(eq=False)
 class Completion:
-    """One completion on its way: a stream of the engine, and the text so far."""
+    """One completion on its way: a stream of the engine, and the text so far.
+
+    ``every_token`` is as :class:`GenerationRequest` has it.
+    """
 
     index: int
     stream: Stream
@@ -131,6 +146,7 @@ class Completion:
     stop_strings: StopStrings
     metrics: Metrics
     arrival: float
+    every_token: bool = False
     num_tokens: int = 0
     ended: bool = False
     _last: float = 0.0
@@ -146,11 +162,10 @@ class Completion:
                 raise _interrupted(output.finish_reason)
             self._observe()
             # A stop token's text is no part of the answer.
-            text = ""
-            if output.finish_reason != "stop":
-                if self.stream.request.num_logprobs is not None:
-                    self._waiting.append(ScoredToken(output, self._decoded))
-                text = detokenizer.push(output.token)
+            is_text = output.finish_reason != "stop"
+            if self.stream.request.num_logprobs is not None and (is_text or self.every_token):
+                self._waiting.append(ScoredToken(output, self._decoded))
+            text = detokenizer.push(output.token) if is_text else ""
             if output.finish_reason is not None:
                 text += detokenizer.finish()
             self._decoded += len(text)
@@ -163,7 +178,8 @@ class Completion:
             if reason is not None:
                 self._end()
             # Also without text: whoever listens sees that a token came, and when.
-            yield Piece(self.index, text, self._release(text, reason), reason)
+            tokens = self._release(text, reason)
+            yield Piece(self.index, text, tokens, (output.token,), reason)
             if reason is not None:
                 return
 
@@ -190,7 +206,7 @@ class Completion:
     def _release(self, text: str, reason: str | None) -> tuple[ScoredToken, ...]:
         """The tokens that begin in text that is out now."""
         self._released += len(text)
-        if self.stop_strings.found:
+        if self.stop_strings.found and not self.every_token:
             out = [token for token in self._waiting if token.offset < self._released]
             self._waiting = []
         elif reason is not None or self._released == self._decoded:
@@ -261,7 +277,9 @@ def start_generation(
                 )
             )
             stops = StopStrings(request.stop_strings)
-            completions.append(Completion(index, stream, text_model, stops, metrics, arrival))
+            completions.append(
+                Completion(index, stream, text_model, stops, metrics, arrival, request.every_token)
+            )
     except BaseException:
         for completion in completions:
             completion.close()

@@ -11,6 +11,7 @@ from starlette.types import Receive, Scope, Send
 
 from moelora_jax.server.errors import ApiError
 from moelora_jax.server.generation import Generation, Piece, ScoredToken
+from moelora_jax.server.schemas import StreamOptions
 from moelora_jax.server.text import TextModel, token_text
 
 _Json = dict[str, Any]
@@ -23,15 +24,27 @@ class Answer:
         model: the name that the client used.
         text_model: writes the tokens of log-probabilities.
         with_logprobs: whether they were asked for.
+        with_token_ids: whether to list the tokens of prompts and completions, as vLLM does.
+        name_tokens_by_id: whether log-probabilities call tokens ``token_id:5``, as vLLM does.
     """
 
     _prefix: str
     _object: str
     _chunk_object: str
 
-    def __init__(self, model: str, text_model: TextModel, *, with_logprobs: bool) -> None:
+    def __init__(
+        self,
+        model: str,
+        text_model: TextModel,
+        *,
+        with_logprobs: bool,
+        with_token_ids: bool = False,
+        name_tokens_by_id: bool = False,
+    ) -> None:
         self._text_model = text_model
         self._with_logprobs = with_logprobs
+        self._with_token_ids = with_token_ids
+        self._name_tokens_by_id = name_tokens_by_id
         self._head: _Json = {
             "id": f"{self._prefix}-{secrets.token_hex(12)}",
             "created": int(time.time()),
@@ -40,17 +53,23 @@ class Answer:
 
     def whole(self, pieces: list[Piece], generation: Generation) -> _Json:
         """The answer that is not streamed."""
-        return {
+        answer = {
             **self._head,
             "object": self._object,
             "choices": [self._choice(piece) for piece in pieces],
             "usage": _usage(generation),
         }
+        if self._with_token_ids:
+            self._add_prompts(answer, generation)
+        return answer
 
-    async def events(self, generation: Generation, *, include_usage: bool) -> AsyncIterator[bytes]:
+    async def events(
+        self, generation: Generation, options: StreamOptions | None = None
+    ) -> AsyncIterator[bytes]:
         """The answer as server-sent events; an error ends it early."""
+        options = options or StreamOptions()
         head = {**self._head, "object": self._chunk_object}
-        if include_usage:
+        if options.include_usage:
             head["usage"] = None
         started: set[int] = set()
         try:
@@ -59,10 +78,16 @@ class Answer:
                 for piece in pieces:
                     first = piece.index not in started
                     started.add(piece.index)
+                    if options.continuous_usage_stats:
+                        head["usage"] = _usage(generation)
                     for choice in self._chunks(piece, first):
-                        events.append(_event({**head, "choices": [choice]}))
+                        chunk = {**head, "choices": [choice]}
+                        if first and self._with_token_ids:
+                            self._add_prompts(chunk, generation)
+                            first = False
+                        events.append(_event(chunk))
                 yield b"".join(events)
-            if include_usage:
+            if options.include_usage:
                 yield _event({**head, "choices": [], "usage": _usage(generation)})
         except ApiError as error:
             yield _event(error.body)
@@ -74,7 +99,15 @@ class Answer:
     def _chunks(self, piece: Piece, first: bool) -> list[_Json]:
         raise NotImplementedError
 
+    def _add_prompts(self, answer: _Json, generation: Generation) -> None:
+        raise NotImplementedError
+
+    def _token_ids(self, piece: Piece) -> _Json:
+        return {"token_ids": list(piece.token_ids)} if self._with_token_ids else {}
+
     def _token(self, token: int) -> str:
+        if self._name_tokens_by_id:
+            return f"token_id:{token}"
         return token_text(self._text_model.token_bytes(token))
 
 
@@ -103,7 +136,12 @@ class CompletionAnswer(Answer):
             "text": before + piece.text,
             "logprobs": self._logprobs(piece) if self._with_logprobs else None,
             "finish_reason": piece.finish_reason,
+            **self._token_ids(piece),
         }
+
+    def _add_prompts(self, answer: _Json, generation: Generation) -> None:
+        for choice in answer["choices"]:
+            choice["prompt_token_ids"] = list(generation.prompt(choice["index"]))
 
     def _logprobs(self, piece: Piece) -> _Json:
         return {
@@ -130,6 +168,7 @@ class ChatAnswer(Answer):
             "message": {"role": "assistant", "content": piece.text, "refusal": None},
             "logprobs": self._logprobs(piece) if self._with_logprobs else None,
             "finish_reason": piece.finish_reason,
+            **self._token_ids(piece),
         }
 
     def _chunks(self, piece: Piece, first: bool) -> list[_Json]:
@@ -139,12 +178,16 @@ class ChatAnswer(Answer):
         chunks = []
         if first:
             chunks.append(chunk({"role": "assistant", "content": ""}))
-        if piece.text or piece.tokens or piece.finish_reason is None:
+        ids = self._token_ids(piece)
+        if piece.text or piece.tokens or ids or piece.finish_reason is None:
             logprobs = {"logprobs": self._logprobs(piece)} if self._with_logprobs else {}
-            chunks.append(chunk({"content": piece.text}, **logprobs))
+            chunks.append(chunk({"content": piece.text}, **logprobs, **ids))
         if piece.finish_reason is not None:
             chunks.append(chunk({}, finish_reason=piece.finish_reason))
         return chunks
+
+    def _add_prompts(self, answer: _Json, generation: Generation) -> None:
+        answer["prompt_token_ids"] = list(generation.prompt(0))
 
     def _logprobs(self, piece: Piece) -> _Json:
         return {"content": [self._scored(token) for token in piece.tokens]}
@@ -157,8 +200,8 @@ class ChatAnswer(Answer):
         }
 
     def _entry(self, token: int, logprob: float | None) -> _Json:
-        data = self._text_model.token_bytes(token)
-        return {"token": token_text(data), "logprob": _finite(logprob), "bytes": list(data)}
+        data = list(self._text_model.token_bytes(token))
+        return {"token": self._token(token), "logprob": _finite(logprob), "bytes": data}
 
 
 class EventStream(StreamingResponse):

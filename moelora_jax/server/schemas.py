@@ -25,12 +25,12 @@ _WITHOUT_EFFECT = {
 #: Parameters that are not supported, of OpenAI and of vLLM, with the values that ask for nothing:
 #: clients and load tests send these.
 _NEUTRAL: dict[str, tuple[Any, ...]] = {
+    "add_special_tokens": (False,),
     "allowed_token_ids": (),
     "audio": (),
     "bad_words": ([],),
     "cache_salt": (),
     "chat_template": (),
-    "continue_final_message": (False,),
     "documents": (),
     "echo": (False,),
     "frequency_penalty": (0,),
@@ -79,6 +79,8 @@ class StreamOptions(BaseModel):
     include_usage: bool | None = None
     # Asks for padding against traffic analysis where true; there is none here.
     include_obfuscation: Literal[False] | None = None
+    # As vLLM has it: the usage so far in every event.
+    continuous_usage_stats: bool | None = None
 
 
 class GenerationRequest(BaseModel):
@@ -100,6 +102,8 @@ class GenerationRequest(BaseModel):
     top_k: Annotated[int, Field(ge=-1, lt=2**31)] | None = None
     stop_token_ids: Annotated[list[_Token], Field(max_length=1024)] | None = None
     ignore_eos: bool | None = None
+    return_token_ids: bool | None = None
+    return_tokens_as_token_ids: bool | None = None
 
     @model_validator(mode="before")
     @classmethod
@@ -139,9 +143,9 @@ class GenerationRequest(BaseModel):
         return [self.stop] if isinstance(self.stop, str) else self.stop
 
     @property
-    def include_usage(self) -> bool:
-        """Whether a streamed answer ends with the number of tokens."""
-        return bool(self.stream_options and self.stream_options.include_usage)
+    def every_token(self) -> bool:
+        """Whether log-probabilities are listed of stop tokens and of stop strings' tokens, too."""
+        return bool(self.return_token_ids or self.return_tokens_as_token_ids)
 
 
 class CompletionRequest(GenerationRequest):
@@ -151,6 +155,8 @@ class CompletionRequest(GenerationRequest):
     echo: bool | None = None
     logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
     best_of: int | None = None
+    # As vLLM has it: whether those that the tokenizer puts around a text belong to the prompt.
+    add_special_tokens: bool = True
 
     @model_validator(mode="after")
     def _check_combinations(self) -> "CompletionRequest":
@@ -191,7 +197,7 @@ class TextPart(BaseModel):
     text: str
 
 
-class Message(BaseModel):
+class ChatMessage(BaseModel):
     """A message of a conversation; the template sees what else it has."""
 
     model_config = ConfigDict(extra="allow", strict=True)
@@ -207,16 +213,35 @@ class Message(BaseModel):
         return values
 
 
-class ChatCompletionRequest(GenerationRequest):
+_Messages = Annotated[list[ChatMessage], Field(min_length=1)]
+
+
+class Conversation(BaseModel):
+    """How messages are written with the chat template, as vLLM has it."""
+
+    add_generation_prompt: bool = True
+    continue_final_message: bool = False
+    chat_template_kwargs: dict[str, Any] | None = None
+
+    @model_validator(mode="after")
+    def _check_continuation(self) -> "Conversation":
+        if self.continue_final_message and self.add_generation_prompt:
+            raise ApiError(
+                400,
+                "continue_final_message is only allowed with add_generation_prompt=false",
+                "invalid_request",
+                param="continue_final_message",
+            )
+        return self
+
+
+class ChatCompletionRequest(GenerationRequest, Conversation):
     """``/v1/chat/completions``."""
 
-    messages: Annotated[list[Message], Field(min_length=1)]
+    messages: _Messages
     max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
-    # As vLLM has them.
-    add_generation_prompt: bool = True
-    chat_template_kwargs: dict[str, Any] | None = None
 
     @model_validator(mode="after")
     def _check_logprobs(self) -> "ChatCompletionRequest":
@@ -228,6 +253,40 @@ class ChatCompletionRequest(GenerationRequest):
                 param="top_logprobs",
             )
         return self
+
+
+class TokenizeRequest(Conversation):
+    """``/tokenize`` of a text or of a conversation, as vLLM has it."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    model: str | None = None
+    prompt: str | None = None
+    messages: _Messages | None = None
+    add_special_tokens: bool | None = None
+    return_token_strs: bool | None = None
+
+    @model_validator(mode="after")
+    def _check_one(self) -> "TokenizeRequest":
+        if (self.prompt is None) == (self.messages is None):
+            raise ApiError(400, "give either prompt or messages", "invalid_request", param="prompt")
+        if self.messages is not None and self.add_special_tokens:
+            raise ApiError(
+                400,
+                "the chat template writes the special tokens: leave add_special_tokens out",
+                "unsupported_parameter",
+                param="add_special_tokens",
+            )
+        return self
+
+
+class DetokenizeRequest(BaseModel):
+    """``/detokenize``, as vLLM has it."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    model: str | None = None
+    tokens: list[_Token]
 
 
 class LoadAdapterRequest(BaseModel):

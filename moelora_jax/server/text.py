@@ -53,16 +53,18 @@ class TextModel:
         stop_tokens = frozenset(eos_tokens) | _generation_eos(folder / "generation_config.json")
         return cls(tokenizer, read_chat_template(folder, chat_template), stop_tokens)
 
-    def encode(self, text: str) -> list[int]:
+    def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
         """Tokens of a prompt, with the special tokens that the tokenizer puts around it."""
-        return self._encode(text, add_special_tokens=True)
+        try:
+            text.encode()
+        except UnicodeEncodeError as cause:  # A lone surrogate, which JSON can express.
+            raise RequestError(f"the prompt is not valid Unicode: {cause}") from cause
+        return self.tokenizer.encode(text, add_special_tokens=add_special_tokens).ids
 
     def encode_chat(
         self,
         messages: Sequence[Mapping[str, Any]],
-        *,
-        add_generation_prompt: bool = True,
-        options: Mapping[str, Any] | None = None,
+        **options: Any,
     ) -> list[int]:
         """Tokens of a conversation; see :meth:`ChatTemplate.render`."""
         if self.chat_template is None:
@@ -70,17 +72,8 @@ class TextModel:
                 "the model has no chat template: use /v1/completions, or start the server with "
                 "--chat-template"
             )
-        text = self.chat_template.render(
-            messages, add_generation_prompt=add_generation_prompt, options=options
-        )
-        return self._encode(text, add_special_tokens=False)
-
-    def _encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
-        try:
-            text.encode()
-        except UnicodeEncodeError as cause:  # A lone surrogate, which JSON can express.
-            raise RequestError(f"the prompt is not valid Unicode: {cause}") from cause
-        return self.tokenizer.encode(text, add_special_tokens=add_special_tokens).ids
+        text = self.chat_template.render(messages, **options)
+        return self.encode(text, add_special_tokens=False)
 
     def detokenizer(self) -> Detokenizer:
         """For the tokens of one completion."""
