@@ -19,7 +19,12 @@ from hypothesis import strategies as st
 from safetensors.numpy import load_file, save
 
 from moelora_jax.adapters.adapter import Adapter, Target
-from moelora_jax.adapters.module_names import QWEN3_MOE_NAMES
+from moelora_jax.adapters.module_names import (
+    GPT_OSS_NAMES,
+    MIXTRAL_NAMES,
+    QWEN3_MOE_NAMES,
+    ModuleNames,
+)
 from moelora_jax.adapters.reader import read_adapter
 from moelora_jax.config import ModelConfig
 from moelora_jax.errors import AdapterError, CheckpointError
@@ -119,6 +124,21 @@ PEFT_OPTIONS: dict[str, dict[str, Any]] = {
         "use_rslora": True,
     },
     "per-expert modules that PEFT converts": {"target_modules": ["v_proj", *EXPERTS]},
+    "names that the model has no modules for": {"target_modules": ["q_proj", "w1", "c_attn"]},
+    "names that are all excluded": {
+        "target_modules": [*ATTENTION],
+        "exclude_modules": ["o_proj"],
+    },
+    "an expression with exclusions": {
+        "target_modules": r".*self_attn\.(q|k|v|o)_proj",
+        "exclude_modules": r".*layers\.0\..*",
+    },
+    "one layer": {
+        "target_modules": ["q_proj", "v_proj"],
+        "layers_to_transform": [1],
+        "layers_pattern": "layers",
+    },
+    "another initialisation": {"target_modules": ["q_proj"], "init_lora_weights": "orthogonal"},
 }
 
 
@@ -142,8 +162,9 @@ def test_reads_square_parameters(tmp_path: Path, config: ModelConfig) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"target_modules": ["q_proj"], "use_dora": True}, "use_dora: DoRA"),
+        ({"target_modules": ["q_proj"], "use_dora": True}, "use_dora: DoRA.*merge_and_unload"),
         ({"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]}, "modules_to_save"),
+        ({"target_modules": ["q_proj"], "modules_to_save": ["gate"]}, "modules_to_save"),
         ({"target_modules": ["q_proj"], "init_lora_weights": "pissa"}, "init_lora_weights"),
         ({"target_modules": ["q_proj"], "trainable_token_indices": [1]}, "trainable_token"),
         ({"target_modules": ["q_proj"], "bias": "all"}, "bias: the adapter replaces biases"),
@@ -226,6 +247,65 @@ def test_spellings_of_names(tmp_path: Path, prefix: str, suffix: str) -> None:
     }
     adapter = read(write_adapter(tmp_path, renamed, adapter_options(target_modules=["q_proj"])))
     assert_describes(adapter, deltas, tolerance=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("part", "wrapped"),
+    [
+        ("model.layers", "model._orig_mod.layers"),
+        ("self_attn", "_orig_mod.self_attn"),
+        ("base_model", "_fsdp_wrapped_module.base_model"),
+        ("self_attn", "_checkpoint_wrapped_module.self_attn"),
+    ],
+)
+def test_names_of_wrapped_modules(tmp_path: Path, part: str, wrapped: str) -> None:
+    tensors, deltas = linear_tensors(CONFIG, rng())
+    renamed = {name.replace(part, wrapped, 1): tensor for name, tensor in tensors.items()}
+    adapter = read(write_adapter(tmp_path, renamed, adapter_options()))
+    assert_describes(adapter, deltas, tolerance=1e-12)
+    write_adapter(tmp_path, tensors | renamed, adapter_options())
+    with pytest.raises(AdapterError, match="is the same factor as"):
+        read(tmp_path)
+
+
+def test_names_that_tinker_writes(tmp_path: Path) -> None:
+    """The head is called after the embedding, and gpt-oss's attention as in its first code."""
+    head = {
+        "base_model.model.model.unembed_tokens.lora_A.weight": np.ones((4, 48), np.float32),
+        "base_model.model.model.unembed_tokens.lora_B.weight": np.ones((64, 4), np.float32),
+    }
+    attention, deltas = linear_tensors(CONFIG, rng())
+    renamed = {name.replace("self_attn", "attn"): tensor for name, tensor in attention.items()}
+    folder = write_adapter(tmp_path, head | renamed, adapter_options(target_modules="all-linear"))
+    adapter = read_adapter(folder, CONFIG.lora_sites(), module_names=GPT_OSS_NAMES)
+    np.testing.assert_allclose(dense_delta(adapter.updates[Target(0, "lm_head", 0)]), 8.0)
+    of_attention = {t: update for t, update in adapter.updates.items() if t.site != "lm_head"}
+    assert_describes(dataclasses.replace(adapter, updates=of_attention), deltas)
+
+
+#: What trainers list by default, whatever the model.
+SEVEN = ["q_proj", "k_proj", "v_proj", "o_proj", *EXPERTS]
+
+
+@pytest.mark.parametrize(
+    ("names", "lost"),
+    [(QWEN3_MOE_NAMES, "gate_proj"), (GPT_OSS_NAMES, None), (MIXTRAL_NAMES, None)],
+    ids=["Qwen3-MoE", "gpt-oss", "Mixtral"],
+)
+def test_targets_that_the_model_never_had(
+    tmp_path: Path, names: ModuleNames, lost: str | None
+) -> None:
+    """gpt-oss has no modules of these names, and Mixtral's are w1, w3 and w2."""
+    tensors, deltas = linear_tensors(CONFIG, rng())
+    write_adapter(tmp_path, tensors, adapter_options(target_modules=SEVEN))
+    sites = CONFIG.lora_sites()
+    if lost is None:
+        assert_describes(read_adapter(tmp_path, sites, module_names=names), deltas)
+        return
+    with pytest.raises(
+        AdapterError, match=f"target_modules: .*no tensors for '{lost}'; take it out"
+    ):
+        read_adapter(tmp_path, sites, module_names=names)
 
 
 def test_per_expert_patterns_decide_rank_and_scaling(tmp_path: Path) -> None:
@@ -457,6 +537,13 @@ def test_other_numbers_of_dimensions_are_refused(
     assert_refused(kind, lambda tensors: tensors.update({name: np.zeros(shape)}), name)
 
 
+def test_a_shard_that_was_not_gathered_is_refused() -> None:
+    name = f"{PREFIX}.0.self_attn.q_proj.lora_A.weight"
+    empty = np.zeros(0, np.float32)
+    with pytest.raises(AdapterError, match="is empty, as DeepSpeed and FSDP save what was not"):
+        read_changed("per_expert", lambda tensors: tensors.update({name: empty}))
+
+
 @given(tensors_of_valid_files())
 def test_rank_zero_is_refused(choice: tuple[str, str]) -> None:
     kind, name = choice
@@ -557,6 +644,11 @@ def test_missing_files_are_named(tmp_path: Path) -> None:
     (tmp_path / "adapter_config.json").write_text(json.dumps(adapter_options()))
     with pytest.raises(AdapterError, match=r"adapter_model\.safetensors: no such file"):
         read(tmp_path)
+    other = tmp_path / "adapter_model-00001-of-00002.safetensors"
+    other.touch()
+    with pytest.raises(AdapterError, match=r"no such file, but adapter_model-00001-of-00002"):
+        read(tmp_path)
+    other.unlink()
     (tmp_path / "adapter_model.bin").write_bytes(b"\x80")
     with pytest.raises(AdapterError, match=r"adapter_model\.bin: a pickle"):
         read(tmp_path)
@@ -737,6 +829,7 @@ def read_with_options(folder: Path, **changes: object) -> Adapter:
         ("r", 4.0),
         ("r", "4"),
         ("lora_alpha", None),
+        ("lora_alpha", 0),
         ("lora_alpha", "8"),
         ("lora_alpha", float("nan")),
         ("lora_alpha", float("inf")),
@@ -749,6 +842,8 @@ def read_with_options(folder: Path, **changes: object) -> Adapter:
         ("use_rslora", 1),
         ("target_modules", ["q_proj", "lm_head"]),
         ("target_modules", ["proj"]),
+        ("target_modules", ["q_proj", "model.layers.1.mlp.experts.3.up_proj"]),
+        ("exclude_modules", 3),
         ("target_modules", "lm_head"),
         ("target_modules", "("),
         ("target_modules", [1]),
@@ -810,6 +905,9 @@ def test_a_rank_that_is_not_the_configs_is_refused(tmp_path: Path, key: str, val
         ("lora_alpha", 7.5),
         ("megatron_core", "megatron.core"),
         ("layers_to_transform", [0, 1]),
+        ("runtime_config", {"ephemeral_gpu_offload": False}),
+        ("target_modules", ["q_proj", "k_proj", "in_proj", "model.layers.0.self_attn.qkv_proj"]),
+        ("exclude_modules", ["o_proj"]),
         ("target_modules", None),
         ("target_modules", "all-linear"),
         ("target_modules", r".*\.self_attn\.(q|k)_proj"),

@@ -149,7 +149,7 @@ class Adapter:
             if not (np.array_equal(rounded, ours) or np.array_equal(ours.astype(copy.dtype), copy)):
                 raise AdapterError(
                     f"adapter from {self.source}: its copy of the base model's {site} "
-                    "(base_layer.weight) differs from the model: it replaces the matrix, or was "
-                    "trained on another model; neither is supported"
+                    "differs from the model: it replaces the matrix, or was trained on another "
+                    "model; neither is supported"
                 )
         return replace(self, base_weights={})

@@ -25,7 +25,6 @@ _WITHOUT_EFFECT = frozenset(
         "base_model_name_or_path",
         "corda_config",
         "eva_config",
-        "exclude_modules",
         "inference_mode",
         "layers_pattern",
         "layers_to_transform",
@@ -36,6 +35,8 @@ _WITHOUT_EFFECT = frozenset(
         "megatron_core",
         "qalora_group_size",
         "revision",
+        # Written by tools that do not save by PEFT: verl, SkyRL.
+        "runtime_config",
         "task_type",
         "velora_config",
     }
@@ -59,6 +60,8 @@ _REFUSED = {
     "use_dora": "DoRA rescales the base weights",
     "use_qalora": "the adapter pools its inputs",
 }
+
+_MERGE = "; PEFT's merge_and_unload makes a base model of it, if it can be one"
 
 #: Values of refused options that are plain LoRA, besides None, False and empty ones.
 _HARMLESS: Mapping[str, Collection[object]] = {
@@ -84,6 +87,7 @@ class AdapterConfig:
         use_rslora: scaling is alpha/√rank instead of alpha/rank.
         target_modules: names or name endings of the adapted modules, or one regular expression.
         target_parameters: names or name endings of the adapted parameters.
+        excludes: whether some modules were left out, though a target names them.
         ensure_weight_tying: whether embedding and head change alike where the model ties them.
         peft_version: the version of PEFT that saved the adapter, if it is known.
         base_model: name or path of the base model, if the file tells; for people and other tools.
@@ -97,6 +101,7 @@ class AdapterConfig:
     use_rslora: bool
     target_modules: tuple[str, ...] | str
     target_parameters: tuple[str, ...]
+    excludes: bool
     ensure_weight_tying: bool
     peft_version: str | None
     base_model: str | None
@@ -136,11 +141,15 @@ class AdapterConfig:
             return False
         return None if "dev" in found.string else True
 
-    def check_targets(self, names: Collection[str]) -> None:
+    def check_targets(self, names: Collection[str], in_model: Callable[[str], bool]) -> None:
         """Check that everything that the config says is adapted has tensors in the file.
+
+        As for PEFT, a target that the model has no module for is none, as long as another one is:
+        many trainers list the names of all families.
 
         Args:
             names: every module and parameter that the file's tensors change.
+            in_model: whether the model has modules that a target names.
 
         Raises:
             AdapterError: naming the target without tensors.
@@ -155,9 +164,15 @@ class AdapterConfig:
             "target_parameters": self.target_parameters,
         }
         for key, targets in named.items():
-            for target in targets:
-                if not any(_is_named_by(name, target) for name in names):
-                    _fail(self.path, key, f"the file has no tensors for {target!r}")
+            absent = [t for t in targets if not any(_is_named_by(name, t) for name in names)]
+            for target in absent:
+                expected = key == "target_parameters" or (in_model(target) and not self.excludes)
+                if expected or len(absent) == len(targets):
+                    _fail(
+                        self.path,
+                        key,
+                        f"the file has no tensors for {target!r}; take it out if none were trained",
+                    )
 
     def _match[T](self, key: str, pattern: Mapping[str, T], name: str, default: T) -> T:
         """The value of the patterns that match ``name``, or the default if none does."""
@@ -185,7 +200,8 @@ def read_adapter_config(folder: Path) -> AdapterConfig:
         value = options[key]
         if value and value not in _HARMLESS.get(key, ()):
             reason = _REFUSED.get(key, "this option is not known")
-            _fail(path, key, f"{reason} (value {value!r}): not supported")
+            merge = "" if key not in _REFUSED else _MERGE
+            _fail(path, key, f"{reason} (value {value!r}): not supported{merge}")
     for key, (is_valid, wanted) in _VALID.items():
         if not is_valid(options.get(key)):
             _fail(path, key, f"must be {wanted}, not {options.get(key)!r}")
@@ -201,6 +217,7 @@ def read_adapter_config(folder: Path) -> AdapterConfig:
         use_rslora=bool(options.get("use_rslora")),
         target_modules=target_modules if isinstance(target_modules, str) else tuple(target_modules),
         target_parameters=tuple(options.get("target_parameters") or ()),
+        excludes=bool(options.get("exclude_modules")),
         ensure_weight_tying=bool(options.get("ensure_weight_tying")),
         peft_version=options.get("peft_version"),
         base_model=base_model if isinstance(base_model, str) else None,
@@ -250,6 +267,11 @@ def _is_alpha(value: object) -> bool:
     return abs(value) <= sys.float_info.max
 
 
+def _is_alpha_of_all(value: object) -> bool:
+    # verl's model merger writes 0, because it does not know; the adapter would change nothing.
+    return _is_alpha(value) and value != 0
+
+
 def _is_switch(value: object) -> bool:
     return value is None or isinstance(value, bool)
 
@@ -290,7 +312,7 @@ def _is_pattern_of(is_value: Callable[[object], bool]) -> Callable[[object], boo
 #: The options that are used, how each is checked, and what it must be.
 _VALID: Mapping[str, tuple[Callable[[object], bool], str]] = {
     "r": (_is_rank, "a positive integer"),
-    "lora_alpha": (_is_alpha, "a finite number"),
+    "lora_alpha": (_is_alpha_of_all, "the finite number of the training, not 0"),
     "rank_pattern": (
         _is_pattern_of(_is_rank),
         "an object of regular expressions and positive integers",
@@ -302,6 +324,7 @@ _VALID: Mapping[str, tuple[Callable[[object], bool], str]] = {
     "use_rslora": (_is_switch, "true or false"),
     "target_modules": (_is_names_or_expression, "a list of names or one regular expression"),
     "target_parameters": (_is_names, "a list of names"),
+    "exclude_modules": (_is_names_or_expression, "a list of names or one regular expression"),
     "ensure_weight_tying": (_is_switch, "true or false"),
     "peft_version": (_is_version, "a string"),
 }

@@ -1,7 +1,7 @@
 """How a family of models names the modules that adapters change."""
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Container, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import NamedTuple
@@ -17,6 +17,9 @@ from moelora_jax.adapters.layouts import (
     FactorLayout,
 )
 
+# What names of modules have beside those of the modules inside a layer.
+_INDICES = re.compile(r"^(?:.*\.)?layers\.\d+\.|(?<=experts)\.\d+")
+
 #: Modules that all families call alike.
 _ATTENTION = {f"self_attn.{site}": site for site in ("q_proj", "k_proj", "v_proj", "o_proj")}
 _OUTSIDE = {
@@ -25,6 +28,7 @@ _OUTSIDE = {
     "language_model.model.embed_tokens": "embed_tokens",
     "lm_head": "lm_head",
     "language_model.lm_head": "lm_head",
+    "model.unembed_tokens": "lm_head",  # Tinker.
 }
 
 
@@ -74,8 +78,9 @@ class ModuleNames:
         layers: names by which adapters may call the list of layers.
         interleaved: whether the rows of a projection of two sites alternate; otherwise those of the
             second follow those of the first.
-        in_features_first: whether the expert parameters are ``[experts, in, out]``. All versions of
-            PEFT save the factors of these alike; of others, 0.17 and 0.18 exchange A and B.
+        in_features_first: whether the expert parameters are ``[experts, in, out]``, and no version
+            of transformers had modules for single experts. All versions of PEFT save the factors of
+            these alike; of others, 0.17 and 0.18 exchange A and B.
     """
 
     linear: Mapping[str, str]
@@ -117,6 +122,35 @@ class ModuleNames:
         wrapped = found["wrapped"] or ""
         layouts = (PEFT_FUSED,) if self.in_features_first else (PEFT_FUSED, PEFT_FUSED_0_18)
         return ModulePlace(layouts, layer, module.removesuffix(wrapped), wrapped=bool(wrapped))
+
+    def has(self, target: str, sites: Container[str]) -> bool:
+        """Whether a model has modules of this name, as transformers calls them.
+
+        Args:
+            target: a name or its end, such as ``q_proj``, ``mlp.experts.3.up_proj`` or
+                ``model.layers.0.self_attn.q_proj``.
+            sites: names of the model's sites.
+        """
+        end = _INDICES.sub("", target)
+        return any(f".{path}".endswith(f".{end}") for path in self._paths(sites))
+
+    def _paths(self, sites: Container[str]) -> Iterator[str]:
+        """Modules inside a layer and outside, without the indices of experts."""
+        for path, site in {**self.linear, **self.outside}.items():
+            if site in sites:
+                yield path
+        if not self.in_features_first:
+            for projection in self.projection_of_site.values():
+                yield f"{self.experts[0]}.{projection}"
+
+    @cached_property
+    def projection_of_site(self) -> dict[str, str]:
+        """The name that is written for the projection of a single site."""
+        names: dict[str, str] = {}
+        for name, sites in self.projections.items():
+            if len(sites) == 1:
+                names.setdefault(sites[0], name)
+        return names
 
     def _stacked(self, sites: tuple[str, ...]) -> tuple[FactorLayout, ...]:
         """The layouts of a projection whose name stands for all experts."""
@@ -181,7 +215,11 @@ MIXTRAL_NAMES = ModuleNames(
 
 #: gpt-oss, whose expert parameters have gate and up in alternating rows.
 GPT_OSS_NAMES = ModuleNames(
-    linear=_ATTENTION | {"mlp.router": "router"},
+    linear={
+        **_ATTENTION,
+        **{f"attn.{site}": site for site in _ATTENTION.values()},  # Tinker.
+        "mlp.router": "router",
+    },
     experts=("mlp.experts",),
     projections={
         "gate_proj": ("gate_proj",),

@@ -26,8 +26,8 @@ layouts, but not both of peft_fused and peft_fused_0_18, nor both of stacked and
 Layers, experts and projections without tensors are not changed. A tensor's rank must be what the
 config says after its patterns: no convention that divides or multiplies it for experts is accepted.
 
-PEFT saves the base model's matrix (``base_layer.weight``) beside the factors of an embedding or a
-head. These copies are kept for whoever knows the model to compare.
+PEFT saves the base model's matrix (``base_layer.weight``, or the model's own name of it) beside the
+factors of an embedding or a head. These copies are kept for whoever knows the model to compare.
 """
 
 import itertools
@@ -67,7 +67,10 @@ _FACTOR = re.compile(
     r"(?:base_model\.model\.)?(?P<module>.+)\.lora_(?P<embedding>embedding_)?(?P<factor>[AB])"
     r"(?:\.default)?(?:\.weight)?"
 )
-_BASE_WEIGHT = re.compile(r"(?:base_model\.model\.)?(?P<module>.+)\.base_layer\.weight")
+# PEFT saves it by its own name where the vocabulary may have grown.
+_BASE_WEIGHT = re.compile(r"(?:base_model\.model\.)?(?P<module>.+?)(?:\.base_layer)?\.weight")
+# What torch.compile, FSDP and activation checkpointing put between the names of modules.
+_WRAPPERS = re.compile(r"\b_(?:orig_mod|fsdp_wrapped_module|checkpoint_wrapped_module)\.")
 
 #: What a tensor of another name is: the first expression that is found in it tells.
 _OTHER_TENSORS = {
@@ -186,12 +189,18 @@ def adapter_weights(folder: Path) -> Path:
     """The file of an adapter folder that holds its tensors, which may be missing.
 
     Raises:
-        AdapterError: there is only a pickle, or the adapter adds vocabulary.
+        AdapterError: there are only other files, or the adapter adds vocabulary.
     """
     weights, pickle = folder / _WEIGHTS, folder / "adapter_model.bin"
     if pickle.exists() and not weights.exists():
         raise AdapterError(
             f"{pickle}: a pickle can run code and is never read; save the adapter as safetensors"
+        )
+    others = sorted(path.name for path in folder.glob("*.safetensors"))
+    if others and not weights.exists():
+        raise AdapterError(
+            f"{weights}: no such file, but {', '.join(others[:3])}; an adapter is one file of this "
+            "name, as PEFT saves it"
         )
     vocabulary = folder / "new_embeddings.safetensors"
     if vocabulary.exists():
@@ -226,7 +235,7 @@ class _Reader:
         for change, layout in layouts.items():
             self._check_shapes(change, layout)
         absent = {place.module for place in places.values() if not place.layouts}
-        self.config.check_targets({change.name for change in changes} | absent)
+        self.config.check_targets({change.name for change in changes} | absent, self._in_model)
         factors = self._factors(changes)
         updates: dict[Target, LowRankUpdate] = {}
         tensors: dict[Target, str] = {}
@@ -239,6 +248,10 @@ class _Reader:
         found = {layout.name for layout in layouts.values()}
         return "+".join(name for name in (LINEAR.name, *EXPERT_LAYOUTS) if name in found), updates
 
+    def _in_model(self, target: str) -> bool:
+        """Whether the model has modules that a target of the config names."""
+        return self.names.has(target, self.sites)
+
     # From names to changes.
 
     def _pairs(self) -> list[_Pair]:
@@ -247,7 +260,7 @@ class _Reader:
         for tensor in self.file.headers:
             if self._site_of_base_weight(tensor) is not None:
                 continue
-            name = _FACTOR.fullmatch(tensor)
+            name = _FACTOR.fullmatch(_WRAPPERS.sub("", tensor))
             if name is None:
                 kinds = (kind for part, kind in _OTHER_TENSORS.items() if re.search(part, tensor))
                 self._fail(tensor, f"is {next(kinds)}: not supported")
@@ -277,6 +290,10 @@ class _Reader:
             return place
         dimensions = place.layouts[0].num_axes
         for tensor, shape in ((pair.a, pair.a_shape), (pair.b, pair.b_shape)):
+            if 0 in shape:
+                self._fail(
+                    tensor, "is empty, as DeepSpeed and FSDP save what was not gathered before"
+                )
             if len(shape) != dimensions:
                 self._fail(tensor, f"has shape {shape}, expected {dimensions} dimensions")
         return place
@@ -521,7 +538,7 @@ class _Reader:
 
     def _site_of_base_weight(self, tensor: str) -> LoraSite | None:
         """The site outside of the layers whose base matrix this is; None for other tensors."""
-        found = _BASE_WEIGHT.fullmatch(tensor)
+        found = _BASE_WEIGHT.fullmatch(_WRAPPERS.sub("", tensor))
         name = None if found is None else self.names.outside.get(found["module"])
         return None if name is None else self.sites.get(name)
 

@@ -156,10 +156,6 @@ class _Writer:
         # The first path of a site is the one that counts.
         self.path_of_linear = {site: path for path, site in reversed(tuple(names.linear.items()))}
         self.path_outside = {site: path for path, site in reversed(tuple(names.outside.items()))}
-        self.projection_of_site: dict[str, str] = {}
-        for name, made_of in names.projections.items():
-            if len(made_of) == 1:
-                self.projection_of_site.setdefault(made_of[0], name)
 
     def modules(self, layout: Layout) -> list[_Module]:
         """All pairs of tensors, in order of the model."""
@@ -189,10 +185,10 @@ class _Writer:
         return self._matrix(target, path, path, None)
 
     def _expert(self, target: Target) -> _Module:
-        if target.site not in self.projection_of_site:
+        if target.site not in self.names.projection_of_site:
             _fail(target, "has no name of its own; write it with layout='peft_fused'")
         experts = f"{self._layer(target.layer)}.{self.names.experts[0]}"
-        name = f"{experts}.{{expert}}.{self.projection_of_site[target.site]}"
+        name = f"{experts}.{{expert}}.{self.names.projection_of_site[target.site]}"
         return self._matrix(target, name.format(expert=target.expert), name, target.expert)
 
     def _matrix(

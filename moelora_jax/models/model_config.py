@@ -150,7 +150,7 @@ def refuse_quantized(values: Mapping[str, Any]) -> None:
         if found:
             method = found.get("quant_method") if isinstance(found, dict) else found
             raise CheckpointError(
-                f"config.json: {key} ({method}) is not supported; use a bf16 model"
+                f"config.json: {key} of quant_method {method!r} is not supported; use a bf16 model"
             )
 
 
