@@ -334,5 +334,35 @@ def test_where_templates_are_read_from(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="JSON object"):
         text_model()
     (tmp_path / "tokenizer.json").unlink()
-    with pytest.raises(CheckpointError, match=r"tokenizer\.json"):
+    with pytest.raises(CheckpointError, match=r"tokenizer\.json.* AutoTokenizer"):
         text_model()
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        [{"name": "rag", "template": "a"}, {"name": "tool_use", "template": "b"}],
+        [{"name": "default"}, "a"],
+        ["a"],
+        {"default": "a"},
+        3,
+    ],
+)
+def test_templates_without_a_default_are_refused(tmp_path: Path, template: object) -> None:
+    """transformers does not choose one either; a file of the user's is asked for."""
+    write_tokenizer(tmp_path)
+    (tmp_path / "chat_template.jinja").unlink()
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"chat_template": template}))
+    with pytest.raises(CheckpointError, match=r"tokenizer_config\.json: .*--chat-template"):
+        read_chat_template(tmp_path)
+    own = tmp_path / "own.jinja"
+    own.write_text("mine")
+    assert read_chat_template(tmp_path, own) is not None
+
+
+@pytest.mark.parametrize("eos", ["</s>", [[2]], [2, "x"], 1.5, True])
+def test_stop_tokens_that_are_no_tokens_are_refused(tmp_path: Path, eos: object) -> None:
+    write_tokenizer(tmp_path)
+    (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": eos}))
+    with pytest.raises(CheckpointError, match=r"generation_config\.json: eos_token_id"):
+        TextModel.load(tmp_path, ())

@@ -103,9 +103,10 @@ def read_chat_template(folder: Path, file: Path | None = None) -> ChatTemplate |
         file: a template to use instead.
 
     Raises:
-        CheckpointError: a file is damaged.
+        CheckpointError: a file is damaged, or has several templates and none called default.
     """
-    values = _read_json(folder / "tokenizer_config.json")
+    config = folder / "tokenizer_config.json"
+    values = _read_json(config)
     special_tokens = {}
     for name in _SPECIAL_TOKENS:
         token = values.get(name)
@@ -113,6 +114,7 @@ def read_chat_template(folder: Path, file: Path | None = None) -> ChatTemplate |
         if isinstance(text, str):
             special_tokens[name] = text
 
+    source: str | None
     own = file or folder / "chat_template.jinja"
     if file is not None or own.exists():
         try:
@@ -120,15 +122,21 @@ def read_chat_template(folder: Path, file: Path | None = None) -> ChatTemplate |
         except (OSError, UnicodeDecodeError) as cause:
             raise CheckpointError(f"{own}: not a readable text file: {cause}") from cause
     else:
-        source = _default_template(values.get("chat_template"))
+        source = _default_template(values.get("chat_template"), config)
     return None if source is None else ChatTemplate(source, special_tokens)
 
 
-def _default_template(value: Any) -> Any:
+def _default_template(value: object, path: Path) -> str | None:
     """The template itself, or the one called default of several."""
     if isinstance(value, list):
-        return next((item["template"] for item in value if item.get("name") == "default"), None)
-    return value
+        of_name = [t for t in value if isinstance(t, dict) and t.get("name") == "default"]
+        value = of_name[0].get("template", value) if of_name else value
+    if value is None or isinstance(value, str):
+        return value
+    raise CheckpointError(
+        f"{path}: chat_template is neither a text nor a list with one that is named 'default'; "
+        "choose a file with --chat-template"
+    )
 
 
 def _read_json(path: Path) -> dict[str, Any]:

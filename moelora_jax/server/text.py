@@ -49,7 +49,11 @@ class TextModel:
         """
         tokenizer = read_tokenizer(folder)
         if tokenizer is None:
-            raise CheckpointError(f"{folder}: has no tokenizer.json, which serving text needs")
+            raise CheckpointError(
+                f"{folder}: has no tokenizer.json, which serving text needs; for most models "
+                "transformers writes it: "
+                "AutoTokenizer.from_pretrained(FOLDER).save_pretrained(FOLDER)"
+            )
         stop_tokens = frozenset(eos_tokens) | _generation_eos(folder / "generation_config.json")
         return cls(tokenizer, read_chat_template(folder, chat_template), stop_tokens)
 
@@ -128,9 +132,12 @@ def _generation_eos(path: Path) -> frozenset[int]:
         eos = json.loads(path.read_text(encoding="utf-8")).get("eos_token_id")
     except (OSError, ValueError, AttributeError) as cause:
         raise CheckpointError(f"{path}: not a readable JSON object: {cause}") from cause
-    if eos is None:
-        return frozenset()
-    return frozenset(eos if isinstance(eos, list) else [eos])
+    tokens = eos if isinstance(eos, list) else [] if eos is None else [eos]
+    if not all(type(token) is int for token in tokens):
+        raise CheckpointError(
+            f"{path}: eos_token_id must be a token or a list of tokens, not {eos!r}"
+        )
+    return frozenset(tokens)
 
 
 def _byte_of_character() -> dict[str, int]:
