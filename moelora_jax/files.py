@@ -5,6 +5,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from safetensors import SafetensorError
+
 from moelora_jax.errors import MoeLoraError
 
 
@@ -23,9 +25,10 @@ def new_folder(folder: str | Path, error: type[MoeLoraError]) -> Iterator[Path]:
     with tempfile.TemporaryDirectory(prefix=f".{folder.name}.", dir=folder.parent) as temporary:
         new = Path(temporary, folder.name)
         new.mkdir()
-        yield new
-        _share(new)
-        new.rename(folder)
+        with _named(folder, error):
+            yield new
+            _share(new)
+            new.rename(folder)
 
 
 @contextmanager
@@ -34,9 +37,19 @@ def new_file(path: Path) -> Iterator[Path]:
     path = path.absolute()
     with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as temporary:
         new = Path(temporary, path.name)
-        yield new
-        _share(new)
-        new.replace(path)
+        with _named(path, MoeLoraError):
+            yield new
+            _share(new)
+            new.replace(path)
+
+
+@contextmanager
+def _named(path: Path, error: type[MoeLoraError]) -> Iterator[None]:
+    """A full disk says neither what it was that could not be written, nor where."""
+    try:
+        yield
+    except (OSError, SafetensorError) as cause:
+        raise error(f"{path}: cannot be written: {cause}") from cause
 
 
 def _share(new: Path) -> None:

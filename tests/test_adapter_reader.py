@@ -18,6 +18,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.numpy import load_file, save
 
+from moelora_jax.adapters import reader
 from moelora_jax.adapters.adapter import Adapter, Target
 from moelora_jax.adapters.module_names import (
     GPT_OSS_NAMES,
@@ -789,6 +790,27 @@ def test_a_file_that_shrinks_is_an_error(tmp_path: Path) -> None:
         os.truncate(path, path.stat().st_size - 10_000)
         with pytest.raises(AdapterError, match="is cut short"):
             file.read("a")
+
+
+def test_a_folder_that_is_replaced_while_it_is_read_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Or the tensors of the new folder would be scaled as the old config says."""
+    for name, alpha in (("adapter", 8), ("new", 32)):
+        tensors, _ = linear_tensors(CONFIG, rng())
+        write_adapter(tmp_path / name, tensors, adapter_options(lora_alpha=alpha))
+    weights = reader.adapter_weights
+
+    def replace_folder(folder: Path) -> Path:
+        folder.rename(tmp_path / "old")
+        (tmp_path / "new").rename(folder)
+        return weights(folder)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(reader, "adapter_weights", replace_folder)
+        with pytest.raises(AdapterError, match="was replaced while it was read"):
+            read(tmp_path / "adapter")
+    assert read(tmp_path / "adapter").updates
 
 
 def test_a_file_that_changes_while_it_is_read_is_refused(

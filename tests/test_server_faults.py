@@ -353,6 +353,34 @@ def test_an_adapter_that_is_written_while_it_is_loaded(
         assert unload(server, "moving") == 200
 
 
+def test_one_name_is_loaded_and_unloaded_at_once(server: Served, expected: dict[str, str]) -> None:
+    """Of loads at once one is right; what comes between finds a whole adapter, or none."""
+    for _ in range(3):
+        before = server.service.engine.stats().adapter_loads
+        with ThreadPoolExecutor(8) as threads:
+            sources = ["experts-r8", "both-r16"] * 4
+            answers = list(threads.map(lambda source: load(server, "same", source), sources))
+        assert Counter(status for status, _ in answers) == {200: 1, 400: 7}
+        (winner,) = (s for s, (status, _) in zip(sources, answers, strict=True) if status == 200)
+        assert complete(server, "same") == expected[winner]
+        assert server.service.engine.stats().adapter_loads == before + 1
+
+        def change(number: int) -> int:
+            if number % 3 == 0:
+                return unload(server, "same")
+            if number % 3 == 1:
+                return load(server, "same", "both-r16", load_inplace=True)[0]
+            return server.request("POST", "/v1/completions", body("same"))[0]
+
+        with ThreadPoolExecutor(6) as threads:
+            statuses = Counter(threads.map(change, range(24)))
+        # 400 is what a request is told whose adapter was unloaded while it waited.
+        assert set(statuses) <= {200, 400, 404}
+        load(server, "same", "both-r16", load_inplace=True)
+        assert complete(server, "same") == expected["both-r16"]
+        assert unload(server, "same") == 200
+
+
 def test_more_adapters_than_fit_come_and_go(server: Served, expected: dict[str, str]) -> None:
     """Mixed traffic over more adapters than there are slots and pages, with changes all along."""
     before = server.service.engine.stats().adapter_evictions
@@ -459,6 +487,22 @@ def status_of(port: int, method: str, path: str, sent: Any = None) -> int:
         content = {"Content-Type": "application/json"}
         connection.request(method, path, None if sent is None else json.dumps(sent), content)
         return connection.getresponse().status
+
+
+def test_adapters_do_not_change_while_it_drains(llm: LLM, folder: Path) -> None:
+    root = AdapterRoot(folder / "adapters")
+    with (
+        served(llm, folder, keys=Keys(admin=ADMIN), adapter_root=root) as server,
+        begun(server, body(MODEL, 110, n=MAX_WAITING)) as (_, response),
+    ):
+        server.server.drain()
+        for load_inplace in (False, True):
+            status, answer = load(server, "experts-r8", "both-r16", load_inplace=load_inplace)
+            assert (status, answer["error"]["code"]) == (503, "shutting_down")
+        assert unload(server, "experts-r8") == 503
+        assert response.read().endswith(b"data: [DONE]\n\n")
+    stats = server.service.engine.stats()
+    assert stats.submitted == sum(stats.finished.values()) == stats.finished["length"]
 
 
 def test_no_time_to_drain(llm: LLM, folder: Path) -> None:

@@ -70,7 +70,7 @@ _HARMLESS: Mapping[str, Collection[object]] = {
 }
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True)
 class AdapterConfig:
     """The options of an adapter that decide how its tensors are read.
 

@@ -179,6 +179,8 @@ def read_adapter(
     config = read_adapter_config(folder)
     # In memory, because an adapter may be written anew while a server reads it.
     with SafetensorsFile(adapter_weights(folder), AdapterError, in_memory=True) as file:
+        if read_adapter_config(folder) != config:
+            raise AdapterError(f"{folder}: was replaced while it was read; load it again")
         reader = _Reader(file, config, sites, module_names, layout)
         found, updates = reader.read()
         copies = reader.base_weights()

@@ -204,6 +204,7 @@ class Service:
             )
         folder = root.folder(request.lora_path)
         async with self._changing:
+            self._refuse_if_draining()
             if not request.load_inplace and self.engine.is_loaded(name):
                 raise ApiError(
                     400,
@@ -221,6 +222,7 @@ class Service:
         """Forget an adapter."""
         name = request.lora_name
         async with self._changing:
+            self._refuse_if_draining()
             if not self.engine.is_loaded(name):
                 raise ApiError(
                     404,
@@ -279,9 +281,12 @@ class Service:
         prompt = request.prompts[index // (request.n or 1)]
         return prompt if isinstance(prompt, str) else self.text_model.tokenizer.decode(prompt)
 
-    def _start(self, request: GenerationRequest, **options: Any) -> Generation:
+    def _refuse_if_draining(self) -> None:
         if self.draining:
             raise shutting_down()
+
+    def _start(self, request: GenerationRequest, **options: Any) -> Generation:
+        self._refuse_if_draining()
         return start_generation(
             self.engine, self.text_model, self.metrics, self.config.limits, request, **options
         )
