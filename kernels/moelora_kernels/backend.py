@@ -111,7 +111,7 @@ def launch(
         outputs: shapes and dtypes of new outputs.
         refs: references to write instead; None makes new, uninitialised outputs.
         how: grid, warps and stages.
-        constants: the kernel's compile-time parameters.
+        constants: the kernel's compile-time parameters; a named tuple is one of several.
 
     Returns:
         The references, or the new arrays.
@@ -130,7 +130,7 @@ def launch(
         num_stages=how.num_stages,
         backend_options={} if how.max_registers is None else {"maxnreg": how.max_registers},
         name=kernel.fn.__name__,
-        **constants,
+        **{name: _constant(value) for name, value in constants.items()},
     )
     results = call_in_place(call, *operands, *(refs or ()))
     return tuple(results if refs is None else refs)
@@ -188,6 +188,16 @@ def scalar(value: Array | int) -> Array:
 def precision(dtype: jnp.dtype) -> str:
     """float32 products must not be rounded to tf32."""
     return "ieee" if dtype == jnp.float32 else "tf32"
+
+
+def _constant(value: Any) -> Any:
+    """A compile-time parameter with the parts of tuples as Triton wants them: wrapped."""
+    if not isinstance(value, tuple):
+        return value
+    import triton.language as tl
+
+    parts = [x if isinstance(x := _constant(part), tl.tuple) else tl.constexpr(x) for part in value]
+    return type(value)(*parts) if hasattr(value, "_fields") else tl.tuple(parts)
 
 
 def _problem(device: jax.Device) -> str | None:

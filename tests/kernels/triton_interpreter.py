@@ -30,7 +30,12 @@ from moelora_kernels import (
     sort_tokens,
 )
 from moelora_kernels.backend import Tiled
-from moelora_kernels.expert_lora import triton_gather, triton_shrink
+from moelora_kernels.expert_lora import (
+    triton_gather,
+    triton_shrink,
+    triton_shrink_rows,
+    triton_shrink_runs,
+)
 from moelora_kernels.expert_lora.reference import gather_rows
 from moelora_kernels.linear import api as linear_api
 from moelora_kernels.linear import triton_many_rows
@@ -249,13 +254,13 @@ def check_shared() -> None:
     groups = (adapter[:, None] * 6 + case.experts[:37])[adapter >= 0]
     # Runs of sixteen rows at most: of tokens, of pairs for gate and up, of pairs for down.
     pairs_of_run = -(-np.bincount(groups.ravel(), minlength=24).reshape(4, 6) // 16)
-    with Calls(triton_shrink, "multiply_pages") as calls:
+    with Calls(triton_shrink_runs, "multiply_pages") as calls:
         check_shrink(case, SHRINKS[1])
     assert calls.count == (-(-tokens[::2] // 16)).sum() + pairs_of_run[1::2].sum() + (
         pairs_of_run.sum()
     )
     for tiles in TILES[:2]:
-        with Calls(triton_shrink, "shrink_pages") as calls:
+        with Calls(triton_shrink_rows, "shrink_pages") as calls:
             check_case(case, tiles)
         # For gate, for up and for down.
         assert calls.count == 2 * (tokens[::2].sum() + 3 * tokens[1::2].sum()) + 3 * tokens.sum()
@@ -480,7 +485,7 @@ def main() -> None:
     check_sort()
     check_gather()
     # Rows are multiplied in several steps.
-    triton_shrink.STEP_NUMBERS = triton_shrink.tl.constexpr(256)
+    triton_shrink_rows.STEP_NUMBERS = triton_shrink_rows.tl.constexpr(256)
     check_shared()
     # Runs of several windows, which are cut; several chunks of tokens; more pages than are
     # multiplied at once.

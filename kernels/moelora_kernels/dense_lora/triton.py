@@ -9,16 +9,18 @@ from jax import Array
 
 from moelora_kernels.backend import Launch, launch, precision, scalar
 from moelora_kernels.expert_lora.triton_expand import (
+    ExpandSizes,
+    Update,
     add_expand,
     find_adapters,
-    find_pages,
-    load_pages,
+    find_updates,
+    load_updates,
     tile_adapters,
 )
 from moelora_kernels.expert_lora.triton_shrink import shrink
 from moelora_kernels.tiles import max_tiles
 from moelora_kernels.tuning.tiles import GemmTiles, ShrinkTiles
-from moelora_kernels.types import PAGE_ROWS, Buffer, SitePages, TokenSort
+from moelora_kernels.types import Buffer, SitePages, TokenSort
 
 
 def dense_lora(
@@ -71,17 +73,21 @@ def add_expand_rows(
         (),
         [total],
         Launch((num_tiles, triton.cdiv(width, tiles.block_n)), num_warps=4, num_stages=1),
-        WIDTH=width,
         BLOCK_M=max(triton.next_power_of_2(tile_rows), 16),
         BLOCK_N=tiles.block_n,
-        NUM_ADAPTERS=adapters,
-        MAX_PAGES=max_pages,
-        PAGE_ROWS=PAGE_ROWS,
-        Z_COLUMNS=z.shape[2],
-        SLOTS=tiles.stack // stacked_pages,
-        PAGES=stacked_pages,
-        PRECISION=precision(z.dtype),
-    )  # fmt: skip
+        EXPAND=ExpandSizes(
+            parts=(0,),
+            width=width,
+            experts=1,
+            adapters=adapters,
+            max_pages=max_pages,
+            z_columns=z.shape[2],
+            slots=tiles.stack // stacked_pages,
+            pages=stacked_pages,
+            stages=1,
+            precision=precision(z.dtype),
+        ),
+    )
     return jax.freeze(total) if out is None else out
 
 
@@ -95,16 +101,9 @@ def dense_expand(
     table_ptr,
     pool_ptr,
     y_ptr,
-    WIDTH: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
-    NUM_ADAPTERS: tl.constexpr,
-    MAX_PAGES: tl.constexpr,
-    PAGE_ROWS: tl.constexpr,
-    Z_COLUMNS: tl.constexpr,
-    SLOTS: tl.constexpr,
-    PAGES: tl.constexpr,
-    PRECISION: tl.constexpr,
+    EXPAND: tl.constexpr,
 ):
     """Add ``z · B`` to the tokens of a tile that have an adapter; no other row is touched."""
     tile, block = tl.program_id(0), tl.program_id(1)
@@ -115,17 +114,18 @@ def dense_expand(
         columns = block * BLOCK_N + tl.arange(0, BLOCK_N)
         has_adapter = tl.load(group_ptr + rows, mask=inside, other=0) > 0
         token = tl.load(order_ptr + rows, mask=inside, other=0)
-        y_ptrs = y_ptr + token.to(tl.int64)[:, None] * WIDTH + columns[None, :]
-        touched = has_adapter[:, None] & (columns < WIDTH)[None, :]
+        y_ptrs = y_ptr + token.to(tl.int64)[:, None] * EXPAND.width + columns[None, :]
+        touched = has_adapter[:, None] & (columns < EXPAND.width)[None, :]
         total = tl.load(y_ptrs, mask=touched, other=0.0).to(tl.float32)
-        adapter, slot, num_slots = tile_adapters(first, rows, inside, 0, group_ptr, NUM_ADAPTERS)
-        table_ptr += (tl.load(layer_ptr) * 2 + 1) * NUM_ADAPTERS * MAX_PAGES
-        slot_adapter, mine = find_adapters(0, adapter, slot, SLOTS)
-        pool_row = find_pages(slot_adapter, 0, table_ptr, 1, MAX_PAGES, PAGES)
-        b = load_pages(pool_row, columns, pool_ptr, WIDTH, SLOTS, PAGES, PAGE_ROWS)
-        total = add_expand(
-            total, rows, adapter, slot, num_slots, mine, pool_row, b, columns,
-            z_ptr, table_ptr, pool_ptr,
-            WIDTH, 1, MAX_PAGES, PAGE_ROWS, Z_COLUMNS, BLOCK_M, SLOTS, PAGES, PRECISION,
-        )  # fmt: skip
-        tl.store(y_ptrs, total.to(y_ptr.dtype.element_ty), mask=touched)
+        adapter, slot, num_slots = tile_adapters(first, rows, inside, 0, group_ptr, EXPAND.adapters)
+        table = (tl.load(layer_ptr) * 2 + 1) * EXPAND.adapters * EXPAND.max_pages
+        updates = (Update(z_ptr, table_ptr + table, pool_ptr),)
+        slot_adapter, mine = find_adapters(0, adapter, slot, EXPAND.slots)
+        pool_rows = find_updates(slot_adapter, 0, updates, EXPAND)
+        b = load_updates(pool_rows, columns, updates, EXPAND)
+        totals = (total,)
+        if num_slots > 0:
+            totals = add_expand(
+                totals, rows, adapter, slot, num_slots, mine, pool_rows, b, columns, updates, EXPAND
+            )
+        tl.store(y_ptrs, totals[0].to(y_ptr.dtype.element_ty), mask=touched)

@@ -3,11 +3,21 @@
 Pages of several adapters of the tile are stacked along K, and the rank activations z are masked so
 that each row meets the pages of its own adapter only. Rows without an adapter meet none: zeros are
 added to their sums, which keeps them bitwise. Tiles of few rows mask z in registers
-(:func:`add_expand`), those of many as they copy it (:func:`add_stack`).
+(:func:`add_expand`), those of many as they copy it (:func:`add_copied_expand`).
+
+An adapter's *slot* is its number among the adapters of a tile. A step has ``SLOTS`` of them and
+``PAGES`` pages of each, so K is ``SLOTS * PAGES * PAGE_ROWS``.
 """
+
+from typing import Any, NamedTuple
 
 import triton
 import triton.language as tl
+
+from moelora_kernels import types
+
+#: As the host's, for kernels.
+PAGE_ROWS = tl.constexpr(types.PAGE_ROWS)
 
 
 @triton.jit
@@ -123,54 +133,151 @@ def stack_ranks(
     return tl.reshape(tl.where(keep, z, 0.0).to(z.dtype), [ROWS, SLOTS * PAGES * PAGE_ROWS])
 
 
+class ExpandSizes(NamedTuple):
+    """Sizes of what adapters add that kernels are compiled for.
+
+    Attributes:
+        parts: numbers of the matrices to whose sums is added: 0 and 1, gate and up; or 0.
+        width: columns of B and of the sums.
+        experts: of the page table.
+        adapters: of the page table.
+        max_pages: of the page table.
+        z_columns: columns of the rank activations.
+        slots: adapters of one step.
+        pages: pages of each that one step has.
+        stages: steps that are on their way at once.
+        precision: of products, as :func:`moelora_kernels.backend.precision` says.
+    """
+
+    parts: tuple[int, ...]
+    width: int
+    experts: int
+    adapters: int
+    max_pages: int
+    z_columns: int
+    slots: int
+    pages: int
+    stages: int
+    precision: str
+
+
+class Update(NamedTuple):
+    """Pointers to what adapters add to the sums of one matrix: ``z · B``.
+
+    Attributes:
+        z: rank activations.
+        table: the layer's B pages of adapter 0 for the tile's expert.
+        pool: pages of B.
+    """
+
+    z: Any
+    table: Any
+    pool: Any
+
+
+@triton.jit
+def find_updates(slot_adapter, first_page, updates, EXPAND: tl.constexpr):
+    """Pool rows ``[slots, pages]`` of the pages of B that a step has, for each matrix."""
+    return [
+        find_pages(
+            slot_adapter, first_page, updates[i].table,
+            EXPAND.experts, EXPAND.max_pages, EXPAND.pages,
+        )
+        for i in EXPAND.parts
+    ]  # fmt: skip
+
+
+@triton.jit
+def load_updates(pool_rows, columns, updates, EXPAND: tl.constexpr):
+    """The pages of B that a step has, for each matrix."""
+    return [
+        load_pages(
+            pool_rows[i], columns, updates[i].pool,
+            EXPAND.width, EXPAND.slots, EXPAND.pages, PAGE_ROWS,
+        )
+        for i in EXPAND.parts
+    ]  # fmt: skip
+
+
 @triton.jit
 def add_expand(
-    total,
+    totals,
     rows,
     adapter,
     slot,
     num_slots,
     mine,
-    pool_row,
-    b,
+    pool_rows,
+    bs,
     columns,
-    z_ptr,
-    table_ptr,
-    pool_ptr,
-    WIDTH: tl.constexpr,
-    NUM_EXPERTS: tl.constexpr,
-    MAX_PAGES: tl.constexpr,
-    PAGE_ROWS: tl.constexpr,
-    Z_COLUMNS: tl.constexpr,
-    ROWS: tl.constexpr,
-    SLOTS: tl.constexpr,
-    PAGES: tl.constexpr,
-    PRECISION: tl.constexpr,
-    EXPAND_STAGES: tl.constexpr = 1,
+    updates,
+    EXPAND: tl.constexpr,
 ):
-    """``total + z · B``, for ``SLOTS`` adapters and ``PAGES`` pages of each at a time.
+    """``total + z · B`` for each matrix, a step at a time, where a tile has few rows.
 
-    ``mine``, ``pool_row`` and the pages ``b`` are those of the first step. With more than one of
-    ``EXPAND_STAGES`` all steps look up their own, without a branch, so that the pages of the next
-    are copied ahead.
+    ``mine``, ``pool_rows`` and the pages ``bs`` are those of the first step. With more than one
+    stage all steps look up their own, without a branch, so that the pages of the next are copied
+    ahead.
     """
-    for first_page in tl.static_range(0, MAX_PAGES, PAGES):
-        if num_slots > 0:
-            z = load_ranks(rows, adapter, first_page, z_ptr, Z_COLUMNS, PAGES, PAGE_ROWS)
-            for first_slot in tl.range(0, num_slots, SLOTS, num_stages=EXPAND_STAGES):
-                if (EXPAND_STAGES > 1) | (first_slot > 0) | (first_page > 0):
-                    slot_adapter, mine = find_adapters(first_slot, adapter, slot, SLOTS)
-                    pool_row = find_pages(
-                        slot_adapter, first_page, table_ptr, NUM_EXPERTS, MAX_PAGES, PAGES
-                    )
-                    b = load_pages(pool_row, columns, pool_ptr, WIDTH, SLOTS, PAGES, PAGE_ROWS)
-                stacked = stack_ranks(z, mine, pool_row, ROWS, SLOTS, PAGES, PAGE_ROWS)
-                total = tl.dot(stacked, b, total, input_precision=PRECISION)
-    return total
+    ROWS: tl.constexpr = rows.shape[0]
+    for first_page in tl.static_range(0, EXPAND.max_pages, EXPAND.pages):
+        zs = [
+            load_ranks(
+                rows, adapter, first_page, updates[i].z, EXPAND.z_columns, EXPAND.pages, PAGE_ROWS
+            )
+            for i in EXPAND.parts
+        ]
+        for first_slot in tl.range(0, num_slots, EXPAND.slots, num_stages=EXPAND.stages):
+            if (EXPAND.stages > 1) | (first_slot > 0) | (first_page > 0):
+                slot_adapter, mine = find_adapters(first_slot, adapter, slot, EXPAND.slots)
+                pool_rows = find_updates(slot_adapter, first_page, updates, EXPAND)
+                bs = load_updates(pool_rows, columns, updates, EXPAND)
+            totals = [
+                tl.dot(
+                    stack_ranks(
+                        zs[i], mine, pool_rows[i], ROWS, EXPAND.slots, EXPAND.pages, PAGE_ROWS
+                    ),
+                    bs[i],
+                    totals[i],
+                    input_precision=EXPAND.precision,
+                )
+                for i in EXPAND.parts
+            ]
+    return totals
 
 
 @triton.jit
-def add_stack(
+def add_copied_expand(
+    totals,
+    rows,
+    slot,
+    num_slots,
+    slot_adapter,
+    pool_rows,
+    columns,
+    updates,
+    EXPAND: tl.constexpr,
+):
+    """``total + z · B`` for each matrix, a step at a time, where a tile has many rows.
+
+    ``slot_adapter`` has all adapters of the tile, and ``pool_rows`` their first pages.
+    """
+    for first_page in tl.static_range(0, EXPAND.max_pages, EXPAND.pages):
+        if first_page > 0:
+            pool_rows = find_updates(slot_adapter, first_page, updates, EXPAND)
+        for first_slot in tl.range(0, num_slots, EXPAND.slots, num_stages=EXPAND.stages):
+            totals = [
+                add_copied_step(
+                    totals[i], rows, slot, first_slot, first_page, pool_rows[i], columns,
+                    updates[i], EXPAND,
+                )
+                for i in EXPAND.parts
+            ]  # fmt: skip
+    return totals
+
+
+@triton.jit
+def add_copied_step(
     total,
     rows,
     slot,
@@ -178,63 +285,33 @@ def add_stack(
     first_page,
     pool_rows,
     columns,
-    z_ptr,
-    pool_ptr,
-    WIDTH: tl.constexpr,
-    Z_COLUMNS: tl.constexpr,
-    SLOTS: tl.constexpr,
-    PAGE_ROWS: tl.constexpr,
-    PRECISION: tl.constexpr,
+    update,
+    EXPAND: tl.constexpr,
 ):
-    """``total + z · B`` for ``SLOTS`` adapters from ``first_slot`` on, as a step of a loop.
+    """``total + z · B`` for the adapters from ``first_slot`` on.
 
     Both factors are copied to shared memory as they are, so a loop of such steps copies ahead like
-    that of a product. ``pool_rows [slots, pages]`` are those of all adapters of the tile. Rank
-    activations of pages that do not exist must be zero.
+    that of a product. Rank activations of pages that do not exist must be zero.
     """
-    PAGES: tl.constexpr = pool_rows.shape[1]
-    LAST: tl.constexpr = pool_rows.shape[0] * PAGES - 1
-    stacked = tl.arange(0, SLOTS * PAGES * PAGE_ROWS)
+    LAST: tl.constexpr = pool_rows.shape[0] * EXPAND.pages - 1
+    SLOT_RANKS: tl.constexpr = EXPAND.pages * PAGE_ROWS
+    stacked = tl.arange(0, EXPAND.slots * SLOT_RANKS)
     # Division and remainder tell the compiler that numbers next to each other have one mask.
-    own = slot[:, None] == (stacked // (PAGES * PAGE_ROWS) + first_slot)[None, :]
-    rank = stacked % (PAGES * PAGE_ROWS) + first_page * PAGE_ROWS
+    own = slot[:, None] == (stacked // SLOT_RANKS + first_slot)[None, :]
+    rank = stacked % SLOT_RANKS + first_page * PAGE_ROWS
     z = tl.load(
-        z_ptr + rows[:, None] * Z_COLUMNS + rank[None, :],
-        mask=own & (rank < Z_COLUMNS)[None, :],
+        update.z + rows[:, None] * EXPAND.z_columns + rank[None, :],
+        mask=own & (rank < EXPAND.z_columns)[None, :],
         other=0.0,
     )
     # Slots past the last have no rows, so any page does for them.
-    page = tl.minimum(stacked // PAGE_ROWS + first_slot * PAGES, LAST)
+    page = tl.minimum(stacked // PAGE_ROWS + first_slot * EXPAND.pages, LAST)
     pool_row = tl.gather(tl.reshape(pool_rows, [LAST + 1]), page, 0)
     b = tl.load(
-        pool_ptr
-        + (pool_row.to(tl.int64) * PAGE_ROWS + stacked % PAGE_ROWS)[:, None] * WIDTH
+        update.pool
+        + (pool_row.to(tl.int64) * PAGE_ROWS + stacked % PAGE_ROWS)[:, None] * EXPAND.width
         + columns[None, :],
-        mask=(pool_row >= 0)[:, None] & (columns < WIDTH)[None, :],
+        mask=(pool_row >= 0)[:, None] & (columns < EXPAND.width)[None, :],
         other=0.0,
     )
-    return tl.dot(z, b, total, input_precision=PRECISION)
-
-
-@triton.jit
-def expand_both(
-    gate,
-    up,
-    gate_z,
-    up_z,
-    mine,
-    gate_row,
-    up_row,
-    gate_b,
-    up_b,
-    ROWS: tl.constexpr,
-    SLOTS: tl.constexpr,
-    PAGES: tl.constexpr,
-    PAGE_ROWS: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
-    """One step of :func:`add_expand` for gate and up."""
-    stacked = stack_ranks(gate_z, mine, gate_row, ROWS, SLOTS, PAGES, PAGE_ROWS)
-    gate = tl.dot(stacked, gate_b, gate, input_precision=PRECISION)
-    stacked = stack_ranks(up_z, mine, up_row, ROWS, SLOTS, PAGES, PAGE_ROWS)
-    return gate, tl.dot(stacked, up_b, up, input_precision=PRECISION)
+    return tl.dot(z, b, total, input_precision=EXPAND.precision)

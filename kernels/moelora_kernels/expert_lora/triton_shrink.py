@@ -1,8 +1,10 @@
 """The shrink of experts in Triton: ``z = scaling · A · x`` for rows of (token, expert).
 
-Two forms. For few rows, one program per row: matrix-vector products with many loads in flight. For
-many, programs take runs of rows that share expert and adapter, and use the tensor cores. Where all
-experts name the same A pages of an adapter, a token is shrunk once for all of its experts.
+Two forms. For few rows, one program per row: matrix-vector products with many loads in flight
+(:mod:`moelora_kernels.expert_lora.triton_shrink_rows`). For many, programs take runs of rows that
+share expert and adapter, and use the tensor cores
+(:mod:`moelora_kernels.expert_lora.triton_shrink_runs`). Where all experts name the same A pages of
+an adapter, a token is shrunk once for all of its experts.
 """
 
 from collections.abc import Sequence
@@ -11,22 +13,20 @@ from typing import Any
 
 import jax
 import triton
-import triton.language as tl
 from jax import Array
 
 from moelora_kernels.backend import Launch, launch, precision, scalar
-from moelora_kernels.expert_lora.triton_expand import spread
+from moelora_kernels.expert_lora.triton_shrink_rows import ShrinkSizes, shrink_rows
+from moelora_kernels.expert_lora.triton_shrink_runs import RunSizes, shrink_runs
 from moelora_kernels.tuning.tiles import ShrinkTiles
-from moelora_kernels.types import PAGE_ROWS, Buffer, SitePages, TokenSort
+from moelora_kernels.types import Buffer, SitePages, TokenSort
 
-#: Tokens of one block of the shrink by token, and programs that share the block.
+#: Tokens of a chunk, those of one adapter of which are gathered to be shrunk once for all experts;
+#: and programs that share the chunk.
 CHUNK_TOKENS = 256
 CHUNK_PROGRAMS = 32
-#: Pages that a program of the shrink multiplies at once, at most.
+#: Pages that a program of many rows multiplies at once, at most.
 STACK_PAGES = 8
-#: Numbers of A that a program of one row multiplies at once, and bytes that it copies ahead.
-STEP_NUMBERS = tl.constexpr(4096)
-COPIED_BYTES = tl.constexpr(68 * 1024)
 
 
 def shrink(
@@ -42,549 +42,62 @@ def shrink(
 ) -> Buffer:
     """See :func:`moelora_kernels.shrink`."""
     shape = (len(sites), pairs, sites[0].max_rank) if out is None else out.shape
-    rows = (sort.order, sort.group_of_row)
-    inputs = (x, *rows, scalar(layer), *_factors(sites))
-    constants: dict[str, Any] = {
-        "TOP_K": 0 if top_k is None else top_k,
-        "Z_ROWS": shape[1],
-        "Z_COLUMNS": shape[2],
-        **shrink_constants(x, sites),
-    }
-    grid: tuple[int, ...]
+    outputs, refs = [jax.ShapeDtypeStruct(shape, x.dtype)], None if out is None else [out]
+    sizes = shrink_sizes(x, sites, shape, top_k)
+    order, layer = (sort.order, sort.group_of_row), scalar(layer)
+    # A pool, table and scaling of one or two sites.
+    factors: list[Any] = [
+        array for site in sites for array in (site.a_pool, site.table, site.scaling)
+    ]
+    factors += [None] * (6 - len(factors))
     if tiles.run_rows == 0:
-        kernel, grid = shrink_rows, (pairs * len(sites),)
-        constants["SITES"] = len(sites)
-    else:
-        kernel = shrink_runs
-        pages = min(constants["PAGE_LANES"], STACK_PAGES // len(sites))
-        stack = pages * len(sites)
-        windows = triton.cdiv(pairs, tiles.run_rows) * tiles.slots
-        # Experts may share A of an adapter, which tokens are then multiplied with, not pairs.
-        tokens = 0 if top_k is None or constants["NUM_EXPERTS"] == 1 else pairs // top_k
-        token_programs = triton.cdiv(tokens, CHUNK_TOKENS) * CHUNK_PROGRAMS
-        inputs = (x, *rows, sort.row_of_pair, *inputs[3:])
-        grid = (token_programs + windows, triton.cdiv(constants["MAX_PAGES"], pages))
-        if stack > 2:  # More pages make a step wider and give more warps work.
-            tiles = replace(tiles, block_k=128, num_warps=4, num_stages=3)
-        constants |= {
-            "BLOCK_K": min(tiles.block_k, triton.next_power_of_2(x.shape[1])),
-            "PAIRS": pairs,
-            "RUN_ROWS": tiles.run_rows,
-            "SITES": len(sites),
-            "PAGES": pages,
-            "SLOTS": tiles.slots,
-            "PRECISION": precision(x.dtype),
-            "TOKEN_PROGRAMS": token_programs,
-            "CHUNK_TOKENS": CHUNK_TOKENS,
-            "CHUNK_PROGRAMS": CHUNK_PROGRAMS,
-            "ADAPTERS_POW2": max(triton.next_power_of_2(constants["NUM_ADAPTERS"] + 1), 16),
-            "EXPERTS_POW2": triton.next_power_of_2(constants["NUM_EXPERTS"]),
-        }
-    outputs = [jax.ShapeDtypeStruct(shape, x.dtype)]
-    refs = None if out is None else [out]
-    how = Launch(grid, num_warps=tiles.num_warps, num_stages=tiles.num_stages)
-    return launch(kernel, inputs, outputs, refs, how, **constants)[0]
+        how = Launch((pairs * len(sites),), tiles.num_warps, tiles.num_stages)
+        inputs = (x, *order, layer, *factors)
+        return launch(shrink_rows, inputs, outputs, refs, how, SIZES=sizes)[0]
+    pages = min(triton.next_power_of_2(sizes.max_pages), STACK_PAGES // len(sites))
+    if pages * len(sites) > 2:  # More pages make a step wider and give more warps work.
+        tiles = replace(tiles, block_k=128, num_warps=4, num_stages=3)
+    # Experts may share A of an adapter, which tokens are then multiplied with, not pairs.
+    tokens = 0 if top_k is None or sizes.experts == 1 else pairs // top_k
+    token_programs = triton.cdiv(tokens, CHUNK_TOKENS) * CHUNK_PROGRAMS
+    window_programs = triton.cdiv(pairs, tiles.run_rows) * tiles.slots
+    return launch(
+        shrink_runs,
+        (x, *order, sort.row_of_pair, layer, *factors),
+        outputs,
+        refs,
+        Launch(
+            (token_programs + window_programs, triton.cdiv(sizes.max_pages, pages)),
+            tiles.num_warps,
+            tiles.num_stages,
+        ),
+        SIZES=sizes,
+        RUNS=RunSizes(
+            pairs=pairs,
+            run_rows=tiles.run_rows,
+            slots=tiles.slots,
+            pages=pages,
+            block_k=min(tiles.block_k, triton.next_power_of_2(x.shape[1])),
+            precision=precision(x.dtype),
+            token_programs=token_programs,
+            chunk_tokens=CHUNK_TOKENS,
+            chunk_programs=CHUNK_PROGRAMS,
+        ),
+    )[0]
 
 
-def _factors(sites: Sequence[SitePages]) -> tuple[Array | None, ...]:
-    """A pool, table and scaling of one or two sites."""
-    factors = tuple(array for site in sites for array in (site.a_pool, site.table, site.scaling))
-    return (*factors, *(None,) * (6 - len(factors)))
-
-
-def shrink_constants(x: Buffer, sites: Sequence[SitePages]) -> dict[str, int]:
-    """Compile-time parameters of a shrink."""
-    _, _, adapters, pages, experts = sites[0].table.shape
-    return {
-        "WIDTH": x.shape[1],
-        "NUM_EXPERTS": experts,
-        "NUM_ADAPTERS": adapters,
-        "MAX_PAGES": pages,
-        "PAGE_LANES": triton.next_power_of_2(pages),
-        "PAGE_ROWS": PAGE_ROWS,
-    }
-
-
-@triton.jit
-def shrink_rows(
-    x_ptr,
-    order_ptr,
-    group_ptr,
-    layer_ptr,
-    pool_0_ptr,
-    table_0_ptr,
-    scaling_0_ptr,
-    pool_1_ptr,
-    table_1_ptr,
-    scaling_1_ptr,
-    z_ptr,
-    WIDTH: tl.constexpr,
-    TOP_K: tl.constexpr,
-    SITES: tl.constexpr,
-    NUM_EXPERTS: tl.constexpr,
-    NUM_ADAPTERS: tl.constexpr,
-    MAX_PAGES: tl.constexpr,
-    PAGE_LANES: tl.constexpr,
-    PAGE_ROWS: tl.constexpr,
-    Z_ROWS: tl.constexpr,
-    Z_COLUMNS: tl.constexpr,
-):
-    """One row and site per program."""
-    row, site = tl.program_id(0) // SITES, tl.program_id(0) % SITES
-    x_row = row
-    if TOP_K > 0:
-        # Past the last row the order is -1; nothing is read there.
-        x_row = tl.load(order_ptr + row) // TOP_K
-    shrink_row(
-        row, x_row, site, tl.load(group_ptr + row), tl.load(layer_ptr), x_ptr,
-        pool_0_ptr, table_0_ptr, scaling_0_ptr, pool_1_ptr, table_1_ptr, scaling_1_ptr, z_ptr,
-        WIDTH, NUM_EXPERTS, NUM_ADAPTERS, MAX_PAGES, PAGE_LANES, PAGE_ROWS, Z_ROWS, Z_COLUMNS,
-    )  # fmt: skip
-
-
-@triton.jit
-def shrink_row(
-    row,
-    x_row,
-    site,
-    group,
-    layer,
-    x_ptr,
-    pool_0_ptr,
-    table_0_ptr,
-    scaling_0_ptr,
-    pool_1_ptr,
-    table_1_ptr,
-    scaling_1_ptr,
-    z_ptr,
-    WIDTH: tl.constexpr,
-    NUM_EXPERTS: tl.constexpr,
-    NUM_ADAPTERS: tl.constexpr,
-    MAX_PAGES: tl.constexpr,
-    PAGE_LANES: tl.constexpr,
-    PAGE_ROWS: tl.constexpr,
-    Z_ROWS: tl.constexpr,
-    Z_COLUMNS: tl.constexpr,
-):
-    """``z[site, row] = scaling · A · x[x_row]`` for one row and site."""
-    adapter = group % (NUM_ADAPTERS + 1) - 1
-    # Past the last row the group is -1.
-    if (group >= 0) & (adapter >= 0):
-        expert = group // (NUM_ADAPTERS + 1)
-        x_ptr += x_row.to(tl.int64) * WIDTH
-        z_ptr += (site * Z_ROWS + row).to(tl.int64) * Z_COLUMNS
-        entry = (layer * 2 * NUM_ADAPTERS + adapter) * MAX_PAGES * NUM_EXPERTS + expert
-        factor = (layer * NUM_ADAPTERS + adapter) * NUM_EXPERTS + expert
-        # A branch per site keeps the alignment of each pool known to the compiler.
-        if site == 0:
-            shrink_pages(
-                x_ptr, pool_0_ptr, table_0_ptr + entry, scaling_0_ptr + factor, z_ptr,
-                WIDTH, NUM_EXPERTS, MAX_PAGES, PAGE_LANES, PAGE_ROWS,
-            )  # fmt: skip
-        elif pool_1_ptr is not None:
-            shrink_pages(
-                x_ptr, pool_1_ptr, table_1_ptr + entry, scaling_1_ptr + factor, z_ptr,
-                WIDTH, NUM_EXPERTS, MAX_PAGES, PAGE_LANES, PAGE_ROWS,
-            )  # fmt: skip
-
-
-@triton.jit
-def shrink_pages(
-    x_ptr,
-    pool_ptr,
-    entry_ptr,
-    scaling_ptr,
-    z_ptr,
-    WIDTH: tl.constexpr,
-    NUM_EXPERTS: tl.constexpr,
-    MAX_PAGES: tl.constexpr,
-    PAGE_LANES: tl.constexpr,
-    PAGE_ROWS: tl.constexpr,
-):
-    """``z = scaling · A · x`` for one row and the pages that an adapter has, zero past them.
-
-    Steps are copied ahead, as many as their bytes in shared memory allow: loads that wait for each
-    other would take longer than the product that waits for them.
-    """
-    RANKS: tl.constexpr = PAGE_LANES * PAGE_ROWS
-    STEP: tl.constexpr = STEP_NUMBERS // RANKS if RANKS < STEP_NUMBERS // 16 else 16
-    NUMBER_BYTES: tl.constexpr = x_ptr.dtype.element_ty.primitive_bitwidth // 8
-    STAGES: tl.constexpr = COPIED_BYTES // ((RANKS + 1) * STEP * NUMBER_BYTES) + 1
-    rank = tl.arange(0, RANKS)
-    page = rank // PAGE_ROWS
-    pool_row = tl.load(entry_ptr + page * NUM_EXPERTS, mask=page < MAX_PAGES, other=-1)
-    scaling = tl.load(scaling_ptr)
-    has_page = pool_row >= 0
-    a_ptrs = pool_ptr + (pool_row.to(tl.int64) * PAGE_ROWS + rank % PAGE_ROWS) * WIDTH
-    column = tl.arange(0, STEP)
-    products = tl.zeros([RANKS, STEP], tl.float32)
-    for k in tl.range(0, WIDTH, STEP, num_stages=STAGES):
-        inside = k + column < WIDTH
-        x = tl.load(x_ptr + k + column, mask=inside, other=0.0)
-        a_tile = a_ptrs[:, None] + k + column[None, :]
-        a = tl.load(a_tile, mask=has_page[:, None] & inside[None, :], other=0.0)
-        products += a.to(tl.float32) * x.to(tl.float32)[None, :]
-    # Where there is no page, there may be no scaling either.
-    z = tl.where(has_page, tl.sum(products, 1) * scaling, 0.0)
-    tl.store(z_ptr + rank, z.to(z_ptr.dtype.element_ty), mask=page < MAX_PAGES)
-
-
-@triton.jit
-def shrink_runs(
-    x_ptr,
-    order_ptr,
-    group_ptr,
-    row_of_pair_ptr,
-    layer_ptr,
-    pool_0_ptr,
-    table_0_ptr,
-    scaling_0_ptr,
-    pool_1_ptr,
-    table_1_ptr,
-    scaling_1_ptr,
-    z_ptr,
-    WIDTH: tl.constexpr,
-    TOP_K: tl.constexpr,
-    NUM_EXPERTS: tl.constexpr,
-    NUM_ADAPTERS: tl.constexpr,
-    MAX_PAGES: tl.constexpr,
-    PAGE_LANES: tl.constexpr,
-    PAGE_ROWS: tl.constexpr,
-    Z_ROWS: tl.constexpr,
-    Z_COLUMNS: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    PAIRS: tl.constexpr,
-    RUN_ROWS: tl.constexpr,
-    SITES: tl.constexpr,
-    PAGES: tl.constexpr,
-    SLOTS: tl.constexpr,
-    PRECISION: tl.constexpr,
-    TOKEN_PROGRAMS: tl.constexpr,
-    CHUNK_TOKENS: tl.constexpr,
-    CHUNK_PROGRAMS: tl.constexpr,
-    ADAPTERS_POW2: tl.constexpr,
-    EXPERTS_POW2: tl.constexpr,
-):
-    """The first ``TOKEN_PROGRAMS`` programs shrink tokens, the others rows of (token, expert).
-
-    A token whose adapter has the same pages for all experts is shrunk once, and its rank
-    activations are written to the rows of all of its experts.
-    """
-    program = tl.program_id(0)
-    layer = tl.load(layer_ptr)
-    if program >= TOKEN_PROGRAMS:
-        shrink_window(
-            program - TOKEN_PROGRAMS, x_ptr, order_ptr, group_ptr, layer,
-            pool_0_ptr, table_0_ptr, scaling_0_ptr, pool_1_ptr, table_1_ptr, scaling_1_ptr, z_ptr,
-            WIDTH, TOP_K, NUM_EXPERTS, NUM_ADAPTERS, MAX_PAGES, PAGE_ROWS, Z_ROWS, Z_COLUMNS,
-            BLOCK_K, PAIRS, RUN_ROWS, SITES, PAGES, SLOTS, PRECISION,
-            TOKEN_PROGRAMS > 0, EXPERTS_POW2,
-        )  # fmt: skip
-    elif TOKEN_PROGRAMS > 0:
-        shrink_chunk(
-            program, x_ptr, row_of_pair_ptr, group_ptr, layer,
-            pool_0_ptr, table_0_ptr, scaling_0_ptr, pool_1_ptr, table_1_ptr, scaling_1_ptr, z_ptr,
-            WIDTH, TOP_K, NUM_EXPERTS, NUM_ADAPTERS, MAX_PAGES, PAGE_ROWS, Z_ROWS, Z_COLUMNS,
-            BLOCK_K, PAIRS // TOP_K, RUN_ROWS, SITES, PAGES, PRECISION,
-            CHUNK_TOKENS, CHUNK_PROGRAMS, ADAPTERS_POW2, EXPERTS_POW2,
-        )  # fmt: skip
-
-
-@triton.jit
-def shrink_window(
-    program,
-    x_ptr,
-    order_ptr,
-    group_ptr,
-    layer,
-    pool_0_ptr,
-    table_0_ptr,
-    scaling_0_ptr,
-    pool_1_ptr,
-    table_1_ptr,
-    scaling_1_ptr,
-    z_ptr,
-    WIDTH: tl.constexpr,
-    TOP_K: tl.constexpr,
-    NUM_EXPERTS: tl.constexpr,
-    NUM_ADAPTERS: tl.constexpr,
-    MAX_PAGES: tl.constexpr,
-    PAGE_ROWS: tl.constexpr,
-    Z_ROWS: tl.constexpr,
-    Z_COLUMNS: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    PAIRS: tl.constexpr,
-    RUN_ROWS: tl.constexpr,
-    SITES: tl.constexpr,
-    PAGES: tl.constexpr,
-    SLOTS: tl.constexpr,
-    PRECISION: tl.constexpr,
-    SKIP_SHARED: tl.constexpr,
-    EXPERTS_POW2: tl.constexpr,
-):
-    """The runs that begin in a window of ``RUN_ROWS`` rows, shared among ``SLOTS`` programs.
-
-    A run is a stretch of rows of one expert and adapter. One of more than ``RUN_ROWS`` is cut where
-    windows begin, so that one adapter's batch spreads over the device. The pages of all sites are
-    columns of one product, for which the rows are read once. With ``SKIP_SHARED``, runs whose pages
-    all experts share are left out.
-    """
-    window, program_slot = program // SLOTS, program % SLOTS
-    lane = tl.arange(0, RUN_ROWS)
-    rows = window * RUN_ROWS + lane
-    inside = rows < PAIRS
-    group = tl.load(group_ptr + rows, mask=inside, other=-1)
-    before = tl.load(group_ptr + rows - 1, mask=inside & (rows > 0), other=-1)
-    earlier = tl.load(group_ptr + rows - RUN_ROWS, mask=inside & (rows >= RUN_ROWS), other=-1)
-    # Rows of the base model have no run, nor do those past the last, whose group is -1.
-    has_adapter = (group >= 0) & (group % (NUM_ADAPTERS + 1) > 0)
-    # The run that goes on in this window is longer than that if two rows so far apart are of it.
-    goes_on = tl.sum(tl.where(lane == 0, group, 0), 0) == group
-    cut = (lane == 0) & (tl.max((goes_on & (group == earlier)).to(tl.int32), 0) > 0)
-    begins = (has_adapter & ((group != before) | cut)).to(tl.int32)
-    number = tl.where(begins > 0, tl.cumsum(begins, 0) - 1, -1)
-    for run in range(program_slot, tl.sum(begins, 0), SLOTS):
-        row = tl.max(tl.where(number == run, rows, 0), 0)
-        run_group = tl.max(tl.where(number == run, group, 0), 0)
-        adapter = run_group % (NUM_ADAPTERS + 1) - 1
-        expert = run_group // (NUM_ADAPTERS + 1)
-        # All that is looked up at once, as each wait takes as long as some steps of the product.
-        run_rows = row + lane
-        same = tl.load(group_ptr + run_rows, mask=run_rows < PAIRS, other=-1) == run_group
-        after = tl.load(group_ptr + row + RUN_ROWS, mask=row + RUN_ROWS < PAIRS, other=-1)
-        x_rows = run_rows
-        if TOP_K > 0:
-            x_rows = tl.load(order_ptr + run_rows, mask=run_rows < PAIRS, other=0) // TOP_K
-        entry_ptrs, scaling_ptrs, page = find_entries(
-            adapter, layer, table_0_ptr, scaling_0_ptr, table_1_ptr, scaling_1_ptr,
-            NUM_EXPERTS, NUM_ADAPTERS, MAX_PAGES, SITES, PAGES,
-        )  # fmt: skip
-        pool_row = tl.load(entry_ptrs + expert, mask=page < MAX_PAGES, other=-1)
-        scaling = tl.load(scaling_ptrs + expert)
-        a_ptrs = rank_rows(pool_row, pool_0_ptr, pool_1_ptr, WIDTH, PAGE_ROWS, SITES, PAGES)
-        # A longer run is cut where the next window begins.
-        same = same & ((after != run_group) | (run_rows < (window + 1) * RUN_ROWS))
-        if SKIP_SHARED:
-            shared = share_pages(
-                entry_ptrs, scaling_ptrs, page < MAX_PAGES, expert, NUM_EXPERTS, EXPERTS_POW2
-            )
-        else:
-            shared = False
-        if not shared:
-            z = multiply_pages(
-                x_rows, same, pool_row, scaling, a_ptrs, x_ptr,
-                WIDTH, BLOCK_K, PAGE_ROWS, PRECISION,
-            )  # fmt: skip
-            store_ranks(
-                z, run_rows, same, z_ptr, MAX_PAGES, PAGE_ROWS, Z_ROWS, Z_COLUMNS, SITES, PAGES
-            )
-
-
-@triton.jit
-def shrink_chunk(
-    program,
-    x_ptr,
-    row_of_pair_ptr,
-    group_ptr,
-    layer,
-    pool_0_ptr,
-    table_0_ptr,
-    scaling_0_ptr,
-    pool_1_ptr,
-    table_1_ptr,
-    scaling_1_ptr,
-    z_ptr,
-    WIDTH: tl.constexpr,
-    TOP_K: tl.constexpr,
-    NUM_EXPERTS: tl.constexpr,
-    NUM_ADAPTERS: tl.constexpr,
-    MAX_PAGES: tl.constexpr,
-    PAGE_ROWS: tl.constexpr,
-    Z_ROWS: tl.constexpr,
-    Z_COLUMNS: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    TOKENS: tl.constexpr,
-    RUN_ROWS: tl.constexpr,
-    SITES: tl.constexpr,
-    PAGES: tl.constexpr,
-    PRECISION: tl.constexpr,
-    CHUNK_TOKENS: tl.constexpr,
-    CHUNK_PROGRAMS: tl.constexpr,
-    ADAPTERS_POW2: tl.constexpr,
-    EXPERTS_POW2: tl.constexpr,
-):
-    """Tokens of a chunk whose adapters share pages, ``RUN_ROWS`` of one adapter at a time.
-
-    ``CHUNK_PROGRAMS`` programs share the chunk.
-    """
-    token = program // CHUNK_PROGRAMS * CHUNK_TOKENS + tl.arange(0, CHUNK_TOKENS)
-    first_row = tl.load(row_of_pair_ptr + token * TOP_K, mask=token < TOKENS, other=-1)
-    group = tl.load(group_ptr + first_row, mask=first_row >= 0, other=0)
-    # Adapter plus one: zero for the base model and for padding.
-    number = group % (NUM_ADAPTERS + 1)
-    numbers = tl.arange(0, ADAPTERS_POW2)
-    counts = tl.histogram(number, ADAPTERS_POW2)
-    tiles = tl.where(numbers > 0, (counts + RUN_ROWS - 1) // RUN_ROWS, 0)
-    tiles_end = tl.cumsum(tiles, 0)
-    lane = tl.arange(0, RUN_ROWS)
-    for tile in range(program % CHUNK_PROGRAMS, tl.sum(tiles, 0), CHUNK_PROGRAMS):
-        mine = tl.sum((tiles_end <= tile).to(tl.int32), 0)
-        adapter = mine - 1
-        entry_ptrs, scaling_ptrs, page = find_entries(
-            adapter, layer, table_0_ptr, scaling_0_ptr, table_1_ptr, scaling_1_ptr,
-            NUM_EXPERTS, NUM_ADAPTERS, MAX_PAGES, SITES, PAGES,
-        )  # fmt: skip
-        pool_row = tl.load(entry_ptrs + 0, mask=page < MAX_PAGES, other=-1)
-        scaling = tl.load(scaling_ptrs + 0)
-        a_ptrs = rank_rows(pool_row, pool_0_ptr, pool_1_ptr, WIDTH, PAGE_ROWS, SITES, PAGES)
-        if share_pages(entry_ptrs, scaling_ptrs, page < MAX_PAGES, 0, NUM_EXPERTS, EXPERTS_POW2):
-            before = tl.sum(tl.where(numbers < mine, tiles, 0), 0)
-            is_mine = number == mine
-            place = tl.cumsum(is_mine.to(tl.int32), 0) - 1 - (tile - before) * RUN_ROWS
-            chosen = is_mine[:, None] & (place[:, None] == lane[None, :])
-            tokens = tl.max(tl.where(chosen, token[:, None], -1), 0)
-            z = multiply_pages(
-                tl.maximum(tokens, 0), tokens >= 0, pool_row, scaling, a_ptrs, x_ptr,
-                WIDTH, BLOCK_K, PAGE_ROWS, PRECISION,
-            )  # fmt: skip
-            for choice in range(TOP_K):
-                rows = tl.load(
-                    row_of_pair_ptr + tokens * TOP_K + choice, mask=tokens >= 0, other=-1
-                )
-                store_ranks(
-                    z, rows, rows >= 0, z_ptr,
-                    MAX_PAGES, PAGE_ROWS, Z_ROWS, Z_COLUMNS, SITES, PAGES,
-                )  # fmt: skip
-
-
-@triton.jit
-def find_entries(
-    adapter,
-    layer,
-    table_0_ptr,
-    scaling_0_ptr,
-    table_1_ptr,
-    scaling_1_ptr,
-    NUM_EXPERTS: tl.constexpr,
-    NUM_ADAPTERS: tl.constexpr,
-    MAX_PAGES: tl.constexpr,
-    SITES: tl.constexpr,
-    PAGES: tl.constexpr,
-):
-    """What this program multiplies with: pages of every site, those of the first before the others.
-
-    Returns:
-        Pointers to the entries and the scalings of expert 0, ``[SITES * PAGES]``, and which page of
-        its site each is.
-    """
-    page = tl.arange(0, SITES * PAGES)
-    site, page = page // PAGES, tl.program_id(1) * PAGES + page % PAGES
-    entry = ((layer * 2 * NUM_ADAPTERS + adapter) * MAX_PAGES + page) * NUM_EXPERTS
-    factor = (layer * NUM_ADAPTERS + adapter) * NUM_EXPERTS
-    entry_ptrs, scaling_ptrs = table_0_ptr + entry, scaling_0_ptr + factor + tl.zeros_like(site)
-    if SITES == 2:
-        entry_ptrs = tl.where(site == 0, entry_ptrs, table_1_ptr + entry)
-        scaling_ptrs = tl.where(site == 0, scaling_ptrs, scaling_1_ptr + factor)
-    return entry_ptrs, scaling_ptrs, page
-
-
-@triton.jit
-def rank_rows(
-    pool_row,
-    pool_0_ptr,
-    pool_1_ptr,
-    WIDTH: tl.constexpr,
-    PAGE_ROWS: tl.constexpr,
-    SITES: tl.constexpr,
-    PAGES: tl.constexpr,
-):
-    """A pointer to each row of A of the pages, ``[SITES * PAGES * PAGE_ROWS]``."""
-    lane = tl.arange(0, SITES * PAGES * PAGE_ROWS)
-    rank_row = spread(pool_row.to(tl.int64) * PAGE_ROWS, PAGE_ROWS) + lane % PAGE_ROWS
-    a_ptrs = pool_0_ptr + rank_row * WIDTH
-    if SITES == 2:
-        a_ptrs = tl.where(lane < PAGES * PAGE_ROWS, a_ptrs, pool_1_ptr + rank_row * WIDTH)
-    return a_ptrs
-
-
-@triton.jit
-def share_pages(
-    entry_ptrs,
-    scaling_ptrs,
-    inside,
-    expert,
-    NUM_EXPERTS: tl.constexpr,
-    EXPERTS_POW2: tl.constexpr,
-):
-    """Whether all experts have the pages and the scaling that ``expert`` has.
-
-    Pointers are those of expert 0; only entries ``inside`` are looked at.
-    """
-    pool_row = tl.load(entry_ptrs + expert, mask=inside, other=-1)
-    # The pages of one other expert tell most adapters that share nothing.
-    other = tl.load(entry_ptrs + (expert + 1) % NUM_EXPERTS, mask=inside, other=-1)
-    shared = tl.max((other != pool_row).to(tl.int32), 0) == 0
-    if shared:
-        experts = tl.arange(0, EXPERTS_POW2)
-        experts = tl.where(experts < NUM_EXPERTS, experts, 0)[None, :]
-        others = tl.load(entry_ptrs[:, None] + experts, mask=inside[:, None], other=-1)
-        scaling = tl.load(scaling_ptrs + expert)
-        differ = tl.load(scaling_ptrs[:, None] + experts) != scaling[:, None]
-        differ = differ | (others != pool_row[:, None])
-        shared = tl.max(tl.max(differ.to(tl.int32), 1), 0) == 0
-    return shared
-
-
-@triton.jit
-def multiply_pages(
-    x_rows,
-    inside,
-    pool_row,
-    scaling,
-    a_ptrs,
-    x_ptr,
-    WIDTH: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    PAGE_ROWS: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
-    """``scaling · A · x`` of some rows of x, in float32."""
-    depth = tl.arange(0, BLOCK_K)
-    has_page = spread(pool_row >= 0, PAGE_ROWS)
-    x_tile = (x_ptr + x_rows.to(tl.int64) * WIDTH)[:, None] + depth[None, :]
-    a_tile = a_ptrs[:, None] + depth[None, :]
-    z = tl.zeros([x_rows.shape[0], a_ptrs.shape[0]], tl.float32)
-    for k in range(0, WIDTH, BLOCK_K):
-        x_mask, a_mask = inside[:, None], has_page[:, None]
-        if WIDTH % BLOCK_K != 0:
-            left = (k + depth < WIDTH)[None, :]
-            x_mask, a_mask = x_mask & left, a_mask & left
-        x = tl.load(x_tile + k, mask=x_mask, other=0.0)
-        a = tl.load(a_tile + k, mask=a_mask, other=0.0)
-        z = tl.dot(x, tl.trans(a), z, input_precision=PRECISION)
-    # Where there is no page, there may be no scaling either.
-    return tl.where(has_page[None, :], z * spread(scaling, PAGE_ROWS)[None, :], 0.0)
-
-
-@triton.jit
-def store_ranks(
-    z,
-    rows,
-    inside,
-    z_ptr,
-    MAX_PAGES: tl.constexpr,
-    PAGE_ROWS: tl.constexpr,
-    Z_ROWS: tl.constexpr,
-    Z_COLUMNS: tl.constexpr,
-    SITES: tl.constexpr,
-    PAGES: tl.constexpr,
-):
-    """Write the rank activations of this program's pages to some rows."""
-    column = tl.arange(0, SITES * PAGES * PAGE_ROWS)
-    rank = tl.program_id(1) * PAGES * PAGE_ROWS + column % (PAGES * PAGE_ROWS)
-    z_row = (column // (PAGES * PAGE_ROWS) * Z_ROWS)[None, :] + rows[:, None]
-    tl.store(
-        z_ptr + z_row.to(tl.int64) * Z_COLUMNS + rank[None, :],
-        z.to(z_ptr.dtype.element_ty),
-        mask=inside[:, None] & (rank < MAX_PAGES * PAGE_ROWS)[None, :],
+def shrink_sizes(
+    x: Buffer, sites: Sequence[SitePages], z_shape: Sequence[int], top_k: int | None
+) -> ShrinkSizes:
+    """Sizes of a shrink of ``x`` whose rank activations have the shape ``z_shape``."""
+    _, _, adapters, max_pages, experts = sites[0].table.shape
+    return ShrinkSizes(
+        width=x.shape[1],
+        top_k=top_k or 0,
+        sites=len(sites),
+        experts=experts,
+        adapters=adapters,
+        max_pages=max_pages,
+        z_rows=z_shape[1],
+        z_columns=z_shape[2],
     )

@@ -6,6 +6,8 @@ many of its own have a group up to each; a pair then adds up one such number of 
 compares itself with the others of its own block only.
 """
 
+from typing import NamedTuple
+
 import jax
 import triton
 import triton.language as tl
@@ -16,6 +18,8 @@ from moelora_kernels.types import TokenSort
 
 #: Pairs up to which every pair is compared with every other.
 MAX_COUNTED_PAIRS = 4096
+#: Pairs that a program places there.
+COUNTED_BLOCK = 16
 #: Pairs of one block of the form for large batches.
 BLOCK_PAIRS = 512
 #: Blocks of which a pair adds up the numbers; there are no more, but larger ones.
@@ -24,6 +28,35 @@ MAX_BLOCKS = 128
 BLOCK_GROUPS = 128
 #: Pairs that a program places there.
 PART_PAIRS = 32
+
+
+class SortSizes(NamedTuple):
+    """Sizes of the sort by counting that its kernel is compiled for.
+
+    Attributes:
+        pairs: of the batch.
+        top_k: choices per token.
+        experts: of the layer.
+        adapters: slots; 0 is allowed.
+        tile_rows: rows of a full tile.
+        tiles: entries of the tile map.
+        block: pairs that a program places.
+        key_stride: a power of two above every pair: ``group * key_stride + pair`` sorts by both.
+    """
+
+    pairs: int
+    top_k: int
+    experts: int
+    adapters: int
+    tile_rows: int
+    tiles: int
+    block: int
+    key_stride: int
+
+    @property
+    def programs(self) -> int:
+        """One for each block of pairs, and one for the tile map."""
+        return triton.cdiv(self.pairs, self.block) + 1
 
 
 def sort_tokens(
@@ -46,13 +79,10 @@ def sort_tokens(
     refs = None if out is None else outputs
     inputs = (experts, adapter_of_token, scalar(num_tokens))
     num_tiles = sizes.expert_tiles.shape[0]
-    constants, programs = counting_constants(
-        pairs, top_k, num_experts, num_adapters, tile_rows, num_tiles
-    )
-    if pairs <= MAX_COUNTED_PAIRS and (groups + 1) * constants["KEY_STRIDE"] < 2**31:
-        num_warps = 8 if constants["KEY_STRIDE"] >= 1024 else 4
-        how = Launch((programs,), num_warps=num_warps)
-        results = launch(sort_by_counting, inputs, outputs, refs, how, **constants)
+    counting = sort_sizes(pairs, top_k, num_experts, num_adapters, tile_rows, num_tiles)
+    if pairs <= MAX_COUNTED_PAIRS and (groups + 1) * counting.key_stride < 2**31:
+        how = Launch((counting.programs,), num_warps=8 if counting.key_stride >= 1024 else 4)
+        results = launch(sort_by_counting, inputs, outputs, refs, how, SIZES=counting)
     else:
         block = max(BLOCK_PAIRS, triton.next_power_of_2(triton.cdiv(pairs, MAX_BLOCKS)))
         # A power of two, so that loads are wide. Blocks past the last pair have none.
@@ -83,7 +113,6 @@ def sort_tokens(
             NUM_EXPERTS=num_experts,
             TILE_ROWS=tile_rows,
             NUM_TILES=num_tiles,
-            EXPERTS_POW2=constants["EXPERTS_POW2"],
             PART=PART_PAIRS,
             **shared,
         )
@@ -91,22 +120,26 @@ def sort_tokens(
     return TokenSort(**named)
 
 
-def counting_constants(
+def sort_sizes(
     pairs: int, top_k: int, num_experts: int, num_adapters: int, tile_rows: int, num_tiles: int
-) -> tuple[dict[str, int], int]:
-    """Compile-time parameters of the sort by counting, and how many programs it needs."""
-    block = 16
-    return {
-        "PAIRS": pairs,
-        "TOP_K": top_k,
-        "NUM_EXPERTS": num_experts,
-        "NUM_ADAPTERS": num_adapters,
-        "TILE_ROWS": tile_rows,
-        "NUM_TILES": num_tiles,
-        "EXPERTS_POW2": max(triton.next_power_of_2(num_experts), 16),
-        "KEY_STRIDE": max(triton.next_power_of_2(pairs), block),
-        "SORT_BLOCK": block,
-    }, triton.cdiv(pairs, block) + 1
+) -> SortSizes:
+    """Sizes of the sort by counting."""
+    return SortSizes(
+        pairs=pairs,
+        top_k=top_k,
+        experts=num_experts,
+        adapters=num_adapters,
+        tile_rows=tile_rows,
+        tiles=num_tiles,
+        block=COUNTED_BLOCK,
+        key_stride=max(triton.next_power_of_2(pairs), COUNTED_BLOCK),
+    )
+
+
+@triton.constexpr_function
+def expert_lanes(experts):
+    """Lanes for the experts: a power of two, of which a histogram needs sixteen at least."""
+    return max(triton.next_power_of_2(experts), 16)
 
 
 @triton.jit
@@ -141,19 +174,12 @@ def write_pairs(pair, row, group, num_rows, order_ptr, row_of_pair_ptr, group_of
 
 
 @triton.jit
-def write_expert_tiles(
-    counts,
-    tiles_ptr,
-    NUM_EXPERTS: tl.constexpr,
-    TILE_ROWS: tl.constexpr,
-    NUM_TILES: tl.constexpr,
-    EXPERTS_POW2: tl.constexpr,
-):
+def write_expert_tiles(counts, tiles_ptr, TILE_ROWS: tl.constexpr, NUM_TILES: tl.constexpr):
     """Cut ``counts[e]`` consecutive rows of each expert into tiles, and mark the unused entries.
 
     An expert has as few tiles as can be, of about equal size, a multiple of 16.
     """
-    expert = tl.arange(0, EXPERTS_POW2)
+    expert = tl.arange(0, counts.shape[0])
     end = tl.cumsum(counts, 0)
     first = end - counts
     tiles = (counts + TILE_ROWS - 1) // TILE_ROWS
@@ -181,22 +207,12 @@ def sort_by_counting(
     row_of_pair_ptr,
     tiles_ptr,
     group_of_row_ptr,
-    PAIRS: tl.constexpr,
-    TOP_K: tl.constexpr,
-    NUM_EXPERTS: tl.constexpr,
-    NUM_ADAPTERS: tl.constexpr,
-    TILE_ROWS: tl.constexpr,
-    NUM_TILES: tl.constexpr,
-    EXPERTS_POW2: tl.constexpr,
-    KEY_STRIDE: tl.constexpr,
-    SORT_BLOCK: tl.constexpr,
+    SIZES: tl.constexpr,
 ):
     """See :func:`count_and_place`."""
     count_and_place(
         tl.program_id(0), experts_ptr, adapters_ptr, num_tokens_ptr,
-        order_ptr, row_of_pair_ptr, tiles_ptr, group_of_row_ptr,
-        PAIRS, TOP_K, NUM_EXPERTS, NUM_ADAPTERS, TILE_ROWS, NUM_TILES, EXPERTS_POW2, KEY_STRIDE,
-        SORT_BLOCK,
+        order_ptr, row_of_pair_ptr, tiles_ptr, group_of_row_ptr, SIZES,
     )  # fmt: skip
 
 
@@ -210,37 +226,33 @@ def count_and_place(
     row_of_pair_ptr,
     tiles_ptr,
     group_of_row_ptr,
-    PAIRS: tl.constexpr,
-    TOP_K: tl.constexpr,
-    NUM_EXPERTS: tl.constexpr,
-    NUM_ADAPTERS: tl.constexpr,
-    TILE_ROWS: tl.constexpr,
-    NUM_TILES: tl.constexpr,
-    EXPERTS_POW2: tl.constexpr,
-    KEY_STRIDE: tl.constexpr,
-    BLOCK: tl.constexpr,
+    SIZES: tl.constexpr,
 ):
-    """Programs place ``BLOCK`` pairs each; the first writes the tile map instead."""
-    LAST: tl.constexpr = NUM_EXPERTS * (NUM_ADAPTERS + 1)
+    """Programs place ``block`` pairs each; the first writes the tile map instead."""
+    PAIRS: tl.constexpr = SIZES.pairs
+    TOP_K: tl.constexpr = SIZES.top_k
+    ADAPTERS: tl.constexpr = SIZES.adapters
+    LAST: tl.constexpr = SIZES.experts * (ADAPTERS + 1)
     num_tokens = tl.load(num_tokens_ptr)
     # Not in parts: a sum over parts takes as many registers as all comparisons of one.
-    every = tl.arange(0, KEY_STRIDE)
+    every = tl.arange(0, SIZES.key_stride)
     if program == 0:
         inside = every < PAIRS
         expert = tl.load(experts_ptr + every, mask=inside, other=0)
         real = inside & (every // TOP_K < num_tokens)
-        counts = tl.histogram(tl.where(real, expert, 0), EXPERTS_POW2, mask=real)
-        write_expert_tiles(counts, tiles_ptr, NUM_EXPERTS, TILE_ROWS, NUM_TILES, EXPERTS_POW2)
+        counts = tl.histogram(tl.where(real, expert, 0), expert_lanes(SIZES.experts), mask=real)
+        write_expert_tiles(counts, tiles_ptr, SIZES.tile_rows, SIZES.tiles)
     else:
-        pair = (program - 1) * BLOCK + tl.arange(0, BLOCK)
+        pair = (program - 1) * SIZES.block + tl.arange(0, SIZES.block)
         group = group_of_pairs(
-            pair, experts_ptr, adapters_ptr, num_tokens, PAIRS, TOP_K, NUM_ADAPTERS, LAST
+            pair, experts_ptr, adapters_ptr, num_tokens, PAIRS, TOP_K, ADAPTERS, LAST
         )
         every_group = group_of_pairs(
-            every, experts_ptr, adapters_ptr, num_tokens, PAIRS, TOP_K, NUM_ADAPTERS, LAST
+            every, experts_ptr, adapters_ptr, num_tokens, PAIRS, TOP_K, ADAPTERS, LAST
         )
         # The pair breaks ties, which makes the sort stable. What is past the last pair comes last.
-        key, every_key = group * KEY_STRIDE + pair, every_group * KEY_STRIDE + every
+        key = group * SIZES.key_stride + pair
+        every_key = every_group * SIZES.key_stride + every
         row = tl.sum((every_key[None, :] < key[:, None]).to(tl.int32), 1)
         num_rows = num_tokens * TOP_K
         write_pairs(pair, row, group, num_rows, order_ptr, row_of_pair_ptr, group_of_row_ptr, PAIRS)
@@ -291,7 +303,6 @@ def place_pairs(
     NUM_ADAPTERS: tl.constexpr,
     TILE_ROWS: tl.constexpr,
     NUM_TILES: tl.constexpr,
-    EXPERTS_POW2: tl.constexpr,
     GROUPS: tl.constexpr,
     BLOCKS: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -301,7 +312,7 @@ def place_pairs(
     num_tokens = tl.load(num_tokens_ptr)
     any_block = tl.arange(0, BLOCKS)
     if tl.program_id(0) == 0:
-        expert = tl.arange(0, EXPERTS_POW2)
+        expert = tl.arange(0, expert_lanes(NUM_EXPERTS))
         # An expert's rows end with those of its last adapter.
         last_group = expert * (NUM_ADAPTERS + 1) + NUM_ADAPTERS
         used = (expert < NUM_EXPERTS)[:, None]
@@ -311,7 +322,7 @@ def place_pairs(
             up_to_ptrs - (NUM_ADAPTERS + 1) * BLOCKS, mask=used & (expert > 0)[:, None], other=0
         )
         rows = tl.sum(up_to - up_to_last, 1)
-        write_expert_tiles(rows, tiles_ptr, NUM_EXPERTS, TILE_ROWS, NUM_TILES, EXPERTS_POW2)
+        write_expert_tiles(rows, tiles_ptr, TILE_ROWS, NUM_TILES)
     else:
         part = tl.program_id(0) - 1
         block = part // (BLOCK // PART)
