@@ -11,7 +11,8 @@ from moelora_kernels.expert_lora.api import down, gate_up, shrink
 from moelora_kernels.fused_experts.api import fused_experts
 from moelora_kernels.heads.api import prepare_heads
 from moelora_kernels.heads.reference import rotate
-from moelora_kernels.linear.api import linear, linear_lora
+from moelora_kernels.linear.api import linear_lora
+from moelora_kernels.linear.reference import linear
 from moelora_kernels.norm.api import add_rms_norm
 from moelora_kernels.norm.reference import rms_norm
 from moelora_kernels.router.api import route

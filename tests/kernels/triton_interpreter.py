@@ -377,7 +377,7 @@ def check_linear(
     Of many rows, with tiles of a shrink, weights are loaded by descriptors; otherwise by pointers.
     """
     linear_api.MAX_ROWS = 0 if many_rows else 128
-    linear_api.suits_descriptors = lambda *_: shrink_tiles is not None
+    linear_api._suits_descriptors = lambda *_: shrink_tiles is not None
     linear_api.linear_tiles = lambda *_: tiles
     triton_many_rows.linear_shrink_tiles = lambda *_: shrink_tiles
     case = LayerCase(LayerSpec(shape, dtype=dtype, num_tokens=max(shape.tokens - 1, 1), seed=4))  # type: ignore[arg-type]
