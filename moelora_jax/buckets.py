@@ -24,6 +24,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from moelora_jax.config import Bucket, BucketConfig
 from moelora_jax.errors import MoeLoraError, RequestError
+from moelora_jax.workspace import MAX_BIASES
 
 Kind = Literal["prefill", "decode", "score"]
 
@@ -47,10 +48,18 @@ class Batch(NamedTuple):
         temperature: float32 ``[R]``; 0 is greedy.
         top_k: ``[R]`` tokens to sample from; 0 means all.
         top_p: float32 ``[R]`` probability mass to sample from.
+        min_p: float32 ``[R]`` least probability, as a share of the greatest; 0 means none.
         seed: ``[R]`` random seed of each sequence.
         seat: ``[R]`` where the sampled token is kept for later steps; one past the last seat for
             rows that sample nothing.
         logprobs: ``[]`` 1 if any row wants log-probabilities.
+        adjusts: ``[]`` 1 if any row wants its logits adjusted, by what follows.
+        num_prompt: ``[R]`` tokens of each sequence that are its prompt.
+        frequency_penalty: float32 ``[R]``; 0 is none.
+        presence_penalty: float32 ``[R]``; 0 is none.
+        repetition_penalty: float32 ``[R]``; 1 is none.
+        first_bias: ``[R]`` from which on the biases of the row's seat apply; ``MAX_BIASES`` for
+            none of them.
     """
 
     tokens: Any
@@ -64,9 +73,16 @@ class Batch(NamedTuple):
     temperature: Any
     top_k: Any
     top_p: Any
+    min_p: Any
     seed: Any
     seat: Any
     logprobs: Any
+    adjusts: Any
+    num_prompt: Any
+    frequency_penalty: Any
+    presence_penalty: Any
+    repetition_penalty: Any
+    first_bias: Any
 
 
 @dataclass(frozen=True)
@@ -91,9 +107,16 @@ class BatchLayout:
             temperature=sequences,
             top_k=sequences,
             top_p=sequences,
+            min_p=sequences,
             seed=sequences,
             seat=sequences,
             logprobs=(),
+            adjusts=(),
+            num_prompt=sequences,
+            frequency_penalty=sequences,
+            presence_penalty=sequences,
+            repetition_penalty=sequences,
+            first_bias=sequences,
         )
         return Batch(
             *(
@@ -140,11 +163,24 @@ def _padding(layout: BatchLayout) -> np.ndarray:
     batch.adapter_of_token[:] = -1
     batch.top_p[:] = 1.0
     batch.seat[:] = np.iinfo(np.int32).max
+    batch.repetition_penalty[:] = 1.0
+    batch.first_bias[:] = MAX_BIASES
     return packed
 
 
+#: Fields of a batch that are no integers.
+_FLOATS = {
+    "temperature",
+    "top_p",
+    "min_p",
+    "frequency_penalty",
+    "presence_penalty",
+    "repetition_penalty",
+}
+
+
 def _dtype(name: str) -> np.dtype:
-    return np.dtype(np.float32 if name in ("temperature", "top_p") else np.int32)
+    return np.dtype(np.float32 if name in _FLOATS else np.int32)
 
 
 @dataclass(frozen=True, order=True)

@@ -21,6 +21,9 @@ from moelora_kernels import Buffer, TokenSort, token_sort_shapes
 #: Rows of a tile of tokens that have the same adapter, for dense LoRA.
 DENSE_TILE_ROWS = 16
 
+#: Tokens whose logits a sequence may change by numbers of its own; as many as OpenAI takes.
+MAX_BIASES = 300
+
 
 class Workspace(NamedTuple):
     """Intermediates of a forward pass.
@@ -36,15 +39,17 @@ class Workspace(NamedTuple):
 
 
 class KVCache(NamedTuple):
-    """Keys and values of all layers, as attention sees them.
+    """Keys and values of all layers, as attention sees them, and the tokens that they are of.
 
     Attributes:
         keys: ``[layers, blocks, block_size, kv_heads, head_dim]``.
         values: ``[layers, blocks, block_size, kv_heads, value_dim]``.
+        tokens: int32 ``[blocks, block_size]``.
     """
 
     keys: Buffer
     values: Buffer
+    tokens: Buffer
 
 
 class DeviceState(NamedTuple):
@@ -54,11 +59,14 @@ class DeviceState(NamedTuple):
         workspace: intermediates.
         cache: the KV cache.
         sampled: int32 ``[max_sequences]``, the token that was last sampled for each seat.
+        biases: int32 ``[max_sequences, 2, MAX_BIASES]``, tokens of each seat, and the bits of the
+            float32 numbers that are added to their logits.
     """
 
     workspace: Workspace
     cache: KVCache
     sampled: Buffer
+    biases: Buffer
 
 
 def device_state_shapes(
@@ -81,8 +89,13 @@ def device_state_shapes(
     heads = (model.num_layers, blocks, runtime.cache.block_size, model.num_kv_heads)
     keys: Any = jax.ShapeDtypeStruct((*heads, model.head_dim), jnp.dtype(dtype))
     values: Any = jax.ShapeDtypeStruct((*heads, model.value_dim), jnp.dtype(dtype))
-    sampled: Any = jax.ShapeDtypeStruct((runtime.buckets.max_sequences,), jnp.int32)
-    return DeviceState(Workspace(moe, adapter_sort), KVCache(keys, values), sampled)
+    tokens_of_cache: Any = jax.ShapeDtypeStruct((blocks, runtime.cache.block_size), jnp.int32)
+    seats = runtime.buckets.max_sequences
+    sampled: Any = jax.ShapeDtypeStruct((seats,), jnp.int32)
+    biases: Any = jax.ShapeDtypeStruct((seats, 2, MAX_BIASES), jnp.int32)
+    return DeviceState(
+        Workspace(moe, adapter_sort), KVCache(keys, values, tokens_of_cache), sampled, biases
+    )
 
 
 def allocate(shapes: DeviceState) -> DeviceState:
@@ -122,7 +135,7 @@ class MemoryPlan:
         adapter_tables: page tables and scaling.
         workspaces: intermediates of the largest bucket.
         temporaries: the most that one program needs besides, while it runs.
-        kv_cache: keys and values.
+        kv_cache: keys, values and their tokens.
     """
 
     weights: int

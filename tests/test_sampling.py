@@ -22,7 +22,12 @@ run = jax.jit(sample)
 
 
 def draw(
-    logits: list[float], *, temperature: float, top_k: int = 0, top_p: float = 1.0
+    logits: list[float],
+    *,
+    temperature: float,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    min_p: float = 0.0,
 ) -> np.ndarray:
     """Relative frequency of each token over many seeds."""
     tokens = run(
@@ -30,6 +35,7 @@ def draw(
         jnp.full(DRAWS, temperature, jnp.float32),
         jnp.full(DRAWS, top_k, jnp.int32),
         jnp.full(DRAWS, top_p, jnp.float32),
+        jnp.full(DRAWS, min_p, jnp.float32),
         jnp.arange(DRAWS, dtype=jnp.int32),
         jnp.full(DRAWS, 5, jnp.int32),
     )
@@ -75,6 +81,17 @@ def test_top_p_applies_to_what_top_k_left() -> None:
     assert actual[1] == 1.0
 
 
+def test_min_p_keeps_a_share_of_the_greatest_probability() -> None:
+    """After the temperature, and before top-k counts what is left."""
+    probability = softmax(np.array(LOGITS) / 2)
+    kept = probability >= 0.4 * probability.max()
+    assert kept.tolist() == [True, True, False, True, False]
+    actual = draw(LOGITS, temperature=2.0, min_p=0.4)
+    expected = np.where(kept, probability, 0)
+    np.testing.assert_allclose(actual, expected / expected.sum(), atol=NOISE)
+    assert draw(LOGITS, temperature=2.0, min_p=1.0)[1] == 1.0
+
+
 def test_greedy_rows_beside_sampled_ones() -> None:
     logits = jnp.asarray([LOGITS, LOGITS], jnp.float32)
     for seed in range(20):
@@ -83,6 +100,7 @@ def test_greedy_rows_beside_sampled_ones() -> None:
             jnp.asarray([0.0, 9.0], jnp.float32),
             jnp.zeros(2, jnp.int32),
             jnp.ones(2, jnp.float32),
+            jnp.zeros(2, jnp.float32),
             jnp.full(2, seed, jnp.int32),
             jnp.zeros(2, jnp.int32),
         )
@@ -151,6 +169,16 @@ def test_log_probabilities_of_a_wide_vocabulary() -> None:
         ({"top_k": -1}, "top_k"),
         ({"top_p": 0.0}, "top_p"),
         ({"top_p": 1.1}, "top_p"),
+        ({"min_p": -0.1}, "min_p"),
+        ({"min_p": float("nan")}, "min_p"),
+        ({"frequency_penalty": 2.1}, "frequency_penalty"),
+        ({"presence_penalty": float("nan")}, "presence_penalty"),
+        ({"repetition_penalty": 0.0}, "repetition_penalty"),
+        ({"repetition_penalty": float("nan")}, "repetition_penalty"),
+        ({"logit_bias": {3: 101.0}}, "logit_bias of token 3"),
+        ({"logit_bias": {3: float("nan")}}, "logit_bias of token 3"),
+        ({"logit_bias": dict.fromkeys(range(301), 1.0)}, "at most 300"),
+        ({"min_tokens": -1}, "min_tokens"),
         ({"seed": -1}, "seed"),
         ({"seed": 2**31}, "seed"),
     ],

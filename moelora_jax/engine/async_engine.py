@@ -23,6 +23,7 @@ from moelora_jax.engine.requests import (
     Request,
     TokenOutput,
     check_options,
+    check_sampling,
     check_tokens,
 )
 from moelora_jax.engine.sequence import Sequence
@@ -128,6 +129,9 @@ class AsyncEngine:
         check_options(request)
         tokens = check_tokens(
             request.prompt, request.max_new_tokens, self._llm.config, self._llm.runtime.cache
+        )
+        check_sampling(
+            request.sampling, request.stop_tokens, request.max_new_tokens, self._llm.config
         )
         timeout = request.timeout
         sequence = Sequence(

@@ -139,7 +139,10 @@ class Engine:
         bucket = choose_bucket(buckets, tokens, len(plan.chunks))
         lora = any(chunk.sequence.version is not None for chunk in plan.chunks)
         key = ProgramKey(plan.kind, bucket, lora)
-        out = self.runner.run(key, self._packer.pack(self.runner.layout(key), plan))
+        packed = self._packer.pack(self.runner.layout(key), plan)
+        for seat, biases in self._packer.new_biases():
+            self.runner.write_biases(seat, biases)
+        out = self.runner.run(key, packed)
         return _Step(plan, out)
 
     def _take(self, step: _Step) -> list[Output]:

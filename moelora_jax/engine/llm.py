@@ -20,7 +20,12 @@ from moelora_jax.adapters.writer import Layout, save_adapter
 from moelora_jax.buckets import CompileReport, Kind
 from moelora_jax.config import ModelConfig, RuntimeConfig
 from moelora_jax.engine.engine import Engine
-from moelora_jax.engine.requests import FinishReason, check_max_new_tokens, check_tokens
+from moelora_jax.engine.requests import (
+    FinishReason,
+    check_max_new_tokens,
+    check_sampling,
+    check_tokens,
+)
 from moelora_jax.engine.runner import Runner
 from moelora_jax.engine.sampling import Sampling
 from moelora_jax.engine.sequence import Sequence as EngineSequence
@@ -292,7 +297,7 @@ class LLM:
             stop_tokens: ids that end a completion; the checkpoint's own unless given.
 
         Raises:
-            RequestError: the batch is empty, or a row is invalid; nothing was run.
+            RequestError: the batch is empty, or an option or a row is invalid; nothing was run.
             CapacityError: a prompt and its new tokens are longer than the cache.
         """
         check_max_new_tokens(max_new_tokens)
@@ -301,9 +306,9 @@ class LLM:
         stop = self.config.eos_tokens if stop_tokens is None else stop_tokens
         if not isinstance(stop, Sequence) or not all(isinstance(s, Integral) for s in stop):
             raise RequestError(f"stop_tokens must be a sequence of token ids, not {stop!r}")
-        sequences = self._sequences(
-            prompts, max_new_tokens, sampling or Sampling(), frozenset(stop)
-        )
+        sampling, stops = sampling or Sampling(), frozenset(stop)
+        check_sampling(sampling, stops, max_new_tokens, self.config)
+        sequences = self._sequences(prompts, max_new_tokens, sampling, stops)
         self._run(sequences)
         return [
             Completion(

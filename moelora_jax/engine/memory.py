@@ -37,7 +37,7 @@ def plan_memory(
         adapter_pages=sum(pools.values()),
         vocabulary_pages=vocabulary_pages,
         adapter_tables=tables,
-        workspaces=num_bytes((state.workspace, state.sampled)),
+        workspaces=num_bytes((state.workspace, state.sampled, state.biases)),
         temporaries=estimate_temporaries(config, runtime, dtype),
         kv_cache=num_bytes(state.cache),
     )

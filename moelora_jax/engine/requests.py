@@ -11,6 +11,7 @@ from moelora_jax.adapters.pages import PoolUsage
 from moelora_jax.config import CacheConfig, ModelConfig
 from moelora_jax.engine.sampling import MAX_LOGPROBS, Sampling
 from moelora_jax.errors import CapacityError, RequestError
+from moelora_jax.workspace import MAX_BIASES
 
 #: Why a request ended. ``stop``: it sampled a stop token, which is its last token. ``length``: it
 #: has as many tokens as it asked for. ``cancelled`` and ``timeout`` come with no token.
@@ -48,7 +49,7 @@ class TokenOutput(NamedTuple):
 
     Attributes:
         token: the token id; -1 where the request ended without one (``cancelled``, ``timeout``).
-        logprob: its log-probability under the model, before temperature, top-k and top-p; None
+        logprob: its log-probability under the model, whatever :class:`Sampling` makes of it; None
             unless asked for.
         top_logprobs: the most probable tokens and their log-probabilities, best first.
         finish_reason: None but for the last output.
@@ -97,6 +98,29 @@ def check_max_new_tokens(count: object) -> None:
     """Refuse what is no number of tokens: a sequence would never reach it."""
     if not isinstance(count, Integral) or int(count) < 1:
         raise RequestError(f"max_new_tokens must be at least 1, a whole number, not {count!r}")
+
+
+def check_sampling(
+    sampling: Sampling, stop_tokens: frozenset[int], max_new_tokens: int, model: ModelConfig
+) -> None:
+    """Refuse tokens that the model does not have, and more than there is room for."""
+    if sampling.min_tokens > max_new_tokens:
+        raise RequestError(
+            f"min_tokens is {sampling.min_tokens}, more than the {max_new_tokens} tokens that are "
+            "to be generated"
+        )
+    masked = stop_tokens if sampling.min_tokens else frozenset()
+    for name, tokens in (("logit_bias", sampling.logit_bias), ("stop token of min_tokens", masked)):
+        for token in tokens:
+            if not 0 <= token < model.vocab_size:
+                raise RequestError(
+                    f"{name}: token id {token} is outside the vocabulary of {model.vocab_size}"
+                )
+    if len(sampling.logit_bias) + len(masked) > MAX_BIASES:
+        raise RequestError(
+            f"logit_bias has {len(sampling.logit_bias)} tokens, and min_tokens keeps off "
+            f"{len(masked)} stop tokens; at most {MAX_BIASES} together are possible"
+        )
 
 
 def check_options(request: Request) -> None:

@@ -1,13 +1,14 @@
 """The device side: parameters, adapter pages, donated state, and the compiled programs."""
 
 from collections.abc import Callable, Iterable
+from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jax import Array
+from jax import Array, lax
 from jax.typing import DTypeLike
 
 from moelora_jax.adapters.pages import PagePool
@@ -21,6 +22,7 @@ from moelora_jax.buckets import (
     program_keys,
 )
 from moelora_jax.config import ModelConfig, RuntimeConfig
+from moelora_jax.engine.adjusting import adjusted
 from moelora_jax.engine.sampling import Sampled, log_probabilities, sample
 from moelora_jax.errors import CapacityError
 from moelora_jax.workspace import (
@@ -70,6 +72,9 @@ class Runner:
         self._state_shapes = device_state_shapes(config, runtime, dtype)
         self.state = allocate(self._state_shapes)
         self.programs = Programs(self._step_function, self._arguments)
+        biases = self._state_shapes.biases
+        row = jax.ShapeDtypeStruct(biases.shape[1:], biases.dtype)
+        self._write_biases = _write_biases.lower(biases, np.int32(0), row).compile()
 
     @property
     def model(self) -> nnx.Module:
@@ -106,6 +111,16 @@ class Runner:
                 out.tokens.copy_to_host_async()
         return out
 
+    def write_biases(self, seat: int, biases: np.ndarray) -> None:
+        """Set the biases of a seat, for all steps that are run from now on.
+
+        Args:
+            seat: of a sequence.
+            biases: int32 ``[2, MAX_BIASES]``, as the device state has them.
+        """
+        written = self._write_biases(self.state.biases, np.int32(seat), biases)
+        self.state = self.state._replace(biases=written)
+
     def recover(self) -> None:
         """Make the device state anew if a step has failed and taken it along."""
         try:
@@ -125,7 +140,7 @@ class Runner:
             adapter_pages=sum(pools.values()),
             vocabulary_pages=vocabulary_pages,
             adapter_tables=self.pool.table_bytes,
-            workspaces=num_bytes((self.state.workspace, self.state.sampled)),
+            workspaces=num_bytes((self.state.workspace, self.state.sampled, self.state.biases)),
             temporaries=self.programs.temporary_bytes,
             kv_cache=num_bytes(self.state.cache),
         )
@@ -133,7 +148,7 @@ class Runner:
     def addresses(self) -> dict[str, tuple[int, ...]]:
         """Device addresses of everything that is updated in place."""
         return {
-            "workspaces": addresses(self.state.workspace),
+            "workspaces": addresses((self.state.workspace, self.state.biases)),
             "kv_cache": addresses(self.state.cache),
             "adapter_pages": addresses(self.pool.device_pages()),
         }
@@ -155,13 +170,30 @@ class Runner:
             logits = model.logits(hidden, batch, opened.workspace, by_site, last_only=last_only)
             if not last_only:
                 return close_state(opened), logits
-            chosen = sample(
+            cached, biases = opened.cache.tokens[...], opened.biases[...]
+
+            def choose(logits: Array, *, adjust: bool) -> Array:
+                batch = layout.unpack(packed)  # Here, or every step would copy each field.
+                if adjust:
+                    # Behind the barrier the choice is compiled as it is without adjusting.
+                    logits = adjusted(logits, cached, biases, batch)
+                    logits = lax.optimization_barrier(logits)
+                return sample(
+                    logits,
+                    batch.temperature,
+                    batch.top_k,
+                    batch.top_p,
+                    batch.min_p,
+                    batch.seed,
+                    batch.positions[batch.last_token],
+                )
+
+            # A choice in each branch: logits that come out of one would be copied in every step.
+            chosen = lax.cond(
+                batch.adjusts > 0,
+                partial(choose, adjust=True),
+                partial(choose, adjust=False),
                 logits,
-                batch.temperature,
-                batch.top_k,
-                batch.top_p,
-                batch.seed,
-                batch.positions[batch.last_token],
             )
             opened.sampled[...] = kept.at[batch.seat].set(chosen, mode="drop")
             return close_state(opened), log_probabilities(logits, chosen, batch.logprobs)
@@ -175,3 +207,8 @@ class Runner:
         )
         packed = jax.ShapeDtypeStruct((self.layout(key).size,), jnp.int32)
         return (self._state_shapes, *shapes, packed)
+
+
+@partial(jax.jit, donate_argnums=0)
+def _write_biases(biases: Array, seat: Array, of_seat: Array) -> Array:
+    return biases.at[seat].set(of_seat)

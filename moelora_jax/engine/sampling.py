@@ -1,11 +1,16 @@
 """Choosing the next token on the device.
 
+The order is vLLM's: logits are adjusted (:mod:`~moelora_jax.engine.adjusting`), divided by the
+temperature, and cut by min-p, top-k and top-p, one after the other.
+
 Nothing here sorts the vocabulary. XLA gives a sort of that size to a library whose launches cannot
 be part of a command buffer, and the host would then wait in the middle of each step to learn which
 branch of a conditional to launch.
 """
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from numbers import Integral
 from typing import NamedTuple
 
 import jax
@@ -14,6 +19,7 @@ from jax import Array, lax
 from jaxtyping import Float, Int32, UInt32
 
 from moelora_jax.errors import RequestError
+from moelora_jax.workspace import MAX_BIASES
 
 #: Most probable tokens whose log-probabilities a request may ask for.
 MAX_LOGPROBS = 20
@@ -23,19 +29,35 @@ MAX_LOGPROBS = 20
 class Sampling:
     """How the next token is chosen.
 
+    The most probable token, too, is chosen after penalties and biases.
+
     Attributes:
         temperature: logits are divided by it; 0 takes the most probable token.
         top_k: sample among this many most probable tokens, and those as probable as the last of
             them; 0 means all.
         top_p: sample among the fewest most probable tokens that together have this probability, and
             those as probable as the last of them; applied after ``top_k``.
+        min_p: sample among tokens with at least this share of the greatest probability; applied
+            before ``top_k``.
         seed: the same seed, prompt and adapter give the same tokens, whatever else is in the batch.
+        frequency_penalty: is taken from the logit of a token for each time that it was generated.
+        presence_penalty: is taken from the logit of a token once it was generated.
+        repetition_penalty: divides the logits of tokens of the prompt and of generated ones where
+            they are positive, and multiplies them where they are not.
+        logit_bias: what is added to the logits of tokens, by token id.
+        min_tokens: until so many tokens were generated, stop tokens are not.
     """
 
     temperature: float = 0.0
     top_k: int = 0
     top_p: float = 1.0
+    min_p: float = 0.0
     seed: int = 0
+    frequency_penalty: float = 0.0
+    presence_penalty: float = 0.0
+    repetition_penalty: float = 1.0
+    logit_bias: Mapping[int, float] = field(default_factory=dict, hash=False)
+    min_tokens: int = 0
 
     def __post_init__(self) -> None:
         if not 0.0 <= self.temperature < float("inf"):
@@ -44,8 +66,35 @@ class Sampling:
             raise RequestError(f"top_k must be 0 or positive, not {self.top_k}")
         if not 0.0 < self.top_p <= 1.0:
             raise RequestError(f"top_p must be above 0 and at most 1, not {self.top_p}")
+        if not 0.0 <= self.min_p <= 1.0:
+            raise RequestError(f"min_p must be between 0 and 1, not {self.min_p}")
         if not 0 <= self.seed < 2**31:
             raise RequestError(f"seed must be between 0 and 2**31 - 1, not {self.seed}")
+        for name in ("frequency_penalty", "presence_penalty"):
+            if not -2.0 <= (penalty := getattr(self, name)) <= 2.0:
+                raise RequestError(f"{name} must be between -2 and 2, not {penalty}")
+        if not 0.01 <= self.repetition_penalty <= 100.0:
+            raise RequestError(
+                f"repetition_penalty must be between 0.01 and 100, not {self.repetition_penalty}"
+            )
+        for token, bias in self.logit_bias.items():
+            if not isinstance(token, Integral):
+                raise RequestError(f"logit_bias is by token id; {token!r} is none")
+            if not -100.0 <= bias <= 100.0:
+                raise RequestError(
+                    f"logit_bias of token {token} must be between -100 and 100, not {bias}"
+                )
+        if len(self.logit_bias) > MAX_BIASES:
+            raise RequestError(
+                f"logit_bias has {len(self.logit_bias)} tokens; at most {MAX_BIASES} are possible"
+            )
+        if not isinstance(self.min_tokens, Integral) or self.min_tokens < 0:
+            raise RequestError(f"min_tokens must be 0 or positive, not {self.min_tokens}")
+
+    @property
+    def has_penalties(self) -> bool:
+        """Whether tokens so far change what is chosen next."""
+        return (self.frequency_penalty, self.presence_penalty, self.repetition_penalty) != (0, 0, 1)
 
 
 class Sampled(NamedTuple):
@@ -73,7 +122,7 @@ def log_probabilities(
     """The chosen tokens with their log-probabilities and those of the most probable ones.
 
     Args:
-        logits: float32 scores, before temperature, top-k and top-p.
+        logits: float32 scores, before they are adjusted, and before temperature and cuts.
         tokens: the chosen tokens.
         wanted: 0 if no row needs them; nothing is computed then.
     """
@@ -101,6 +150,7 @@ def sample(
     temperature: Float[Array, " rows"],
     top_k: Int32[Array, " rows"],
     top_p: Float[Array, " rows"],
+    min_p: Float[Array, " rows"],
     seed: Int32[Array, " rows"],
     position: Int32[Array, " rows"],
 ) -> Int32[Array, " rows"]:
@@ -111,13 +161,14 @@ def sample(
         temperature: 0 for greedy rows.
         top_k: 0 for all tokens.
         top_p: probability mass that is kept.
+        min_p: least share of the greatest probability; 0 keeps all tokens.
         seed: per row; folded with ``position``, so that a draw does not depend on the batch.
         position: position of the row's last token in its sequence.
     """
     greedy = jnp.argmax(logits, axis=-1).astype(jnp.int32)
 
     def draw() -> Array:
-        drawn = jax.vmap(_draw)(logits, temperature, top_k, top_p, seed, position)
+        drawn = jax.vmap(_draw)(logits, greedy, temperature, top_k, top_p, min_p, seed, position)
         return jnp.where(temperature > 0, drawn, greedy)
 
     # Thresholds and noise are skipped while all rows are greedy.
@@ -125,10 +176,19 @@ def sample(
 
 
 def _draw(
-    logits: Array, temperature: Array, top_k: Array, top_p: Array, seed: Array, position: Array
+    logits: Array,
+    best: Array,
+    temperature: Array,
+    top_k: Array,
+    top_p: Array,
+    min_p: Array,
+    seed: Array,
+    position: Array,
 ) -> Array:
-    """Sample one row among the tokens that top-k, and then top-p, leave it."""
+    """Sample one row among the tokens that min-p, top-k and top-p, in this order, leave it."""
     scores = logits / jnp.where(temperature > 0, temperature, 1.0)
+    # A share of the greatest probability is a distance from the greatest score.
+    scores = jnp.where(scores >= scores[best] + jnp.log(min_p), scores, -jnp.inf)
     # Without a limit no count is enough, and all tokens stay.
     count = jnp.where(top_k == 0, jnp.inf, top_k.astype(jnp.float32))
     scores = _keep_best(scores, jnp.ones_like(scores), count)

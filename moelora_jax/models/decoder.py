@@ -79,7 +79,7 @@ class Decoder(nnx.Module):
         pages: Pages | None,
         taps: Taps | None = None,
     ) -> Float[Array, "tokens hidden"]:
-        """Hidden states after the final norm; keys and values of the batch are added to the cache.
+        """Hidden states after the final norm; the batch is added to the cache.
 
         Args:
             batch: packed tokens of several sequences.

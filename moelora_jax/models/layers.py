@@ -95,7 +95,7 @@ def prepare_step(
     pages: Pages | None,
     taps: Taps | None = None,
 ) -> Step:
-    """Derive from a batch, once, what all layers use.
+    """Derive from a batch, once, what all layers use; its tokens are added to the cache.
 
     Args:
         config: the model.
@@ -115,6 +115,9 @@ def prepare_step(
         adapter_sort = sort_by_adapter(batch.adapter_of_token, batch.num_tokens, workspace, pages)
     real = jnp.arange(tokens, dtype=jnp.int32) < batch.num_tokens
     block = batch.block_table[batch.sequence_of_token, batch.positions // block_size]
+    block = jnp.where(real, block, 0)  # Block 0 belongs to no sequence.
+    offset = batch.positions % block_size
+    cache.tokens[block, offset] = batch.tokens
     return Step(
         batch=batch,
         pages=pages,
@@ -123,9 +126,8 @@ def prepare_step(
         adapter_sort=adapter_sort,
         query_tiles=query_tiles(batch.query_counts, tokens, tile_rows),
         query_tile_rows=tile_rows,
-        # Block 0 belongs to no sequence.
-        block_of_token=jnp.where(real, block, 0),
-        offset_of_token=batch.positions % block_size,
+        block_of_token=block,
+        offset_of_token=offset,
         rotation=rotation(batch.positions, config.rope, config.rotated_features),
         taps=taps,
     )
@@ -272,11 +274,10 @@ def attend(
     Returns:
         The heads of each token, one after another.
     """
-    keys, values = step.cache
     attended = paged_attention(
         query,
-        keys,
-        values,
+        step.cache.keys,
+        step.cache.values,
         layer,
         step.batch.block_table,
         step.batch.positions,
@@ -325,7 +326,8 @@ class Attention(nnx.Module):
         in_head = config.qk_norm == "head"
         query = prepare_heads(
             projected if in_head else self._normalised(projected, layer),
-            *step.cache,
+            step.cache.keys,
+            step.cache.values,
             layer,
             step.block_of_token,
             step.offset_of_token,
