@@ -1,5 +1,6 @@
 """The command: what it prints and writes, and that bad input is one clear line."""
 
+import errno
 import json
 import os
 import re
@@ -120,6 +121,15 @@ def test_demo_proves_what_it_claims() -> None:
 def test_demo_fails_if_a_proof_does(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(demo_run, "run_demo", lambda *_: False)
     assert run("demo").exit_code == 1
+
+
+def test_a_reader_that_leaves_is_no_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    def write_to_head(*_: object) -> bool:
+        raise BrokenPipeError(errno.EPIPE, "Broken pipe")
+
+    monkeypatch.setattr(demo_run, "run_demo", write_to_head)
+    result = run("demo")
+    assert (result.exit_code, result.stderr) == (1, "")
 
 
 def test_quick_start_commands(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
