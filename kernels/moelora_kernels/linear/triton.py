@@ -35,12 +35,17 @@ from moelora_kernels.fused_experts.triton_one_token import (
     load_rank_rows,
     sum_parts,
 )
+from moelora_kernels.linear.triton_maps import (
+    find_block,
+    is_given,
+    map_outputs,
+    map_parameters,
+    of_map,
+)
 from moelora_kernels.tuning.tiles import LinearTiles
 from moelora_kernels.types import PAGE_ROWS, SIGNALS, Buffer, LinearMap, SitePages, TokenSort
 from moelora_kernels.waiting import clear, count, signal, wait_for
 
-#: Maps that one launch has parameters for.
-MAX_MAPS = 3
 #: Neighbours among whose rows a program of the launch for few rows shrinks those of one adapter.
 WINDOW_ROWS = 16
 #: Programs with which a shrink still starts at once.
@@ -60,35 +65,28 @@ def linear_lora(
 ) -> Array:
     """See :func:`moelora_kernels.linear_lora`."""
     tokens, width = x.shape
-    outputs = [m.weight.shape[1] for m in maps]
-    sites = _sites(maps, sort)
-    if not sites:
-        # The launch is that of the base model, as the router's is: nothing is looked up.
-        sort = None
+    sites = [] if sort is None else [m.pages for m in maps if m.pages is not None]
+    order, group_of_row = None, None
+    # Without sites the launch is that of the base model, as the router's is: nothing is looked up.
+    if sort is not None and sites:
+        order, group_of_row = sort.order, sort.group_of_row
+    outputs = map_outputs(maps)
+    targets = triton.cdiv(tokens, tiles.block_m) * sum(
+        triton.cdiv(out, tiles.block_n) for out in outputs.values()
+    )
     block_k = min(tiles.block_k, max(triton.next_power_of_2(width), 16))
     # No part is empty.
     steps = triton.cdiv(width, block_k)
     parts = triton.cdiv(steps, triton.cdiv(steps, tiles.parts))
-    blocks = sum(triton.cdiv(out, tiles.block_n) for out in outputs)
-    targets = triton.cdiv(tokens, tiles.block_m) * blocks
     all_parts = parts + 1 if sites and parts > 1 else parts
-    programs = targets * all_parts
-    stages, registers = tiles.num_stages, None
-    shrinks = shrink_k = shrink_parts = 0
-    # Parts of rank activations, then parts of sums.
-    scratch = 0
+    programs, stages, registers = targets * all_parts, tiles.num_stages, None
+    lora = _lora_constants(tokens, width, len(maps), sites, tiles.stack)
     if sites:
-        # A run of rows ends with its adapter, or with its window.
-        runs = min(tokens, sites[0].num_adapters + tokens // WINDOW_ROWS)
-        pages = runs * len(maps) * sites[0].table.shape[3]
-        shrink_k = 256 if pages * triton.cdiv(width, 256) <= MAX_SHRINKS else 512
-        shrink_k = min(shrink_k, max(triton.next_power_of_2(width), 16))
-        shrink_parts = triton.cdiv(width, shrink_k)
-        shrinks = pages * shrink_parts
         # One more clears the counters.
-        programs += shrinks + 1
+        programs += lora["SHRINKS"] + 1
         stages, registers = tiles.lora or (stages, registers)
-        scratch = shrink_parts * len(maps) * tokens * sites[0].max_rank
+    # Parts of rank activations, then parts of sums.
+    scratch = lora["SHRINK_PARTS"] * len(maps) * tokens * lora["Z_COLUMNS"]
     if all_parts > 1:
         if LAUNCH_SIGNALS + targets > SIGNALS[0]:
             raise ValueError(
@@ -98,80 +96,80 @@ def linear_lora(
         scratch += targets * all_parts * tiles.block_n * tiles.block_m
     # Only what several programs share needs the two.
     shared: list[Any] = [None, None]
-    new = [jax.ShapeDtypeStruct((tokens, sum(outputs)), dtype)]
+    new = [jax.ShapeDtypeStruct((tokens, sum(outputs.values())), dtype)]
     if scratch:
         shared = [given_or_new(signals, SIGNALS, jnp.int32)]
         new.insert(0, jax.ShapeDtypeStruct((scratch,), jnp.float32))
-    weights: list[Array | None] = []
-    for m in maps:
-        weights += [m.weight, m.bias]
-    weights += [None] * (2 * (MAX_MAPS - len(maps)))
     *_, y = launch(
         linear_tiles,
         (
-            *(x, scalar(layer), *weights),
-            *_pages(maps, sort, "a_pool", "b_pool", "table", "scaling"),
-            *([None, None] if sort is None else [sort.order, sort.group_of_row]),
-            *shared,
+            *(x, scalar(layer)),
+            *map_parameters([(m.weight, m.bias) for m in maps]),
+            *map_parameters([_arrays(m.pages if sites else None) for m in maps]),
+            *(order, group_of_row, *shared),
         ),
         new,
         None,
         Launch((programs,), tiles.num_warps, stages, registers),
+        **outputs,
         WIDTH=width,
-        TOKENS_POW2=max(triton.next_power_of_2(tokens), WINDOW_ROWS),
-        SHRINKS=shrinks,
-        SHRINK_PARTS=shrink_parts,
-        SHRINK_K=shrink_k,
-        WINDOW_ROWS=WINDOW_ROWS,
+        MAPS=len(maps),
+        TOKENS=tokens,
         PARTS=parts,
         ALL_PARTS=all_parts,
+        BLOCK_M=tiles.block_m,
+        BLOCK_N=tiles.block_n,
         BLOCK_K=block_k,
         STAGES=stages,
         LAUNCH_SIGNALS=LAUNCH_SIGNALS,
-        **_constants(x, maps, sites, tiles),
+        PRECISION=precision(x.dtype),
+        **lora,
     )
     return y
 
 
-def _sites(maps: Sequence[LinearMap], sort: TokenSort | None) -> list[SitePages]:
-    """Pages of the maps that adapters change, if any do."""
-    if len(maps) > MAX_MAPS:
-        raise ValueError(f"at most {MAX_MAPS} maps can share a launch, not {len(maps)}")
-    return [] if sort is None else [m.pages for m in maps if m.pages is not None]
+def _arrays(pages: SitePages | None) -> tuple[Array | None, ...]:
+    """What a launch needs of a map's pages."""
+    if pages is None:
+        return None, None, None, None
+    return pages.a_pool, pages.b_pool, pages.table, pages.scaling
 
 
-def _pages(maps: Sequence[LinearMap], sort: TokenSort | None, *names: str) -> list[Array | None]:
-    """Arrays of the pages of each map; None where adapters change nothing."""
-    arrays: list[Array | None] = []
-    for m in maps:
-        pages = None if sort is None else m.pages
-        arrays += [None if pages is None else getattr(pages, name) for name in names]
-    return arrays + [None] * (len(names) * (MAX_MAPS - len(maps)))
+def _lora_constants(
+    tokens: int, width: int, maps: int, sites: Sequence[SitePages], stack: int
+) -> dict[str, int]:
+    """Compile-time parameters of what adapters add; the base model has neither programs nor pages.
 
-
-def _constants(
-    x: Array, maps: Sequence[LinearMap], sites: Sequence[SitePages], tiles: LinearTiles
-) -> dict[str, Any]:
-    """Compile-time parameters of the maps and their pages."""
-    adapters = max_pages = max_rank = pages = 0
+    Args:
+        tokens: rows of the launch.
+        width: columns of the input.
+        maps: of the launch.
+        sites: pages of those maps that adapters change.
+        stack: pages that are multiplied at once.
+    """
+    adapters = max_pages = pages = shrinks = shrink_k = shrink_parts = 0
     if sites:
         _, _, adapters, max_pages, _ = sites[0].table.shape
-        max_rank = sites[0].max_rank
         # A stack has several pages of one adapter where adapters have several.
         pages = min(triton.next_power_of_2(max_pages), 4)
-    outputs = [m.weight.shape[1] for m in maps] + [0] * (MAX_MAPS - len(maps))
+        # A run of rows ends with its adapter, or with its window.
+        runs = min(tokens, adapters + tokens // WINDOW_ROWS)
+        shrunk = runs * maps * max_pages
+        shrink_k = 256 if shrunk * triton.cdiv(width, 256) <= MAX_SHRINKS else 512
+        shrink_k = min(shrink_k, max(triton.next_power_of_2(width), 16))
+        shrink_parts = triton.cdiv(width, shrink_k)
+        shrinks = shrunk * shrink_parts
     return {
-        **{f"OUT_{number}": size for number, size in enumerate(outputs)},
-        "MAPS": len(maps),
-        "TOKENS": len(x),
-        "BLOCK_M": tiles.block_m,
-        "BLOCK_N": tiles.block_n,
-        "PRECISION": precision(x.dtype),
+        "TOKENS_POW2": max(triton.next_power_of_2(tokens), WINDOW_ROWS),
+        "SHRINKS": shrinks,
+        "SHRINK_PARTS": shrink_parts,
+        "SHRINK_K": shrink_k,
+        "WINDOW_ROWS": WINDOW_ROWS,
         "NUM_ADAPTERS": adapters,
         "MAX_PAGES": max_pages,
         "PAGE_ROWS": PAGE_ROWS,
-        "Z_COLUMNS": max_rank,
-        "SLOTS": max(tiles.stack, 2 * pages) // pages if pages else 0,
+        "Z_COLUMNS": max_pages * PAGE_ROWS,
+        "SLOTS": max(stack, 2 * pages) // pages if pages else 0,
         "PAGES": pages,
         "PAGE_LANES": triton.next_power_of_2(max_pages) if max_pages else 0,
     }
@@ -251,12 +249,12 @@ def linear_tiles(
         if SHRINKS > 0:
             part, number = program % SHRINK_PARTS, program // SHRINK_PARTS % MAPS
             page = program // (SHRINK_PARTS * MAPS)
-            if is_given(number, a_0_ptr, a_1_ptr, a_2_ptr):
+            if is_given(number, (a_0_ptr, a_1_ptr, a_2_ptr)):
                 shrink_run(
                     page // MAX_PAGES, page % MAX_PAGES, part, x_ptr, layer, order_ptr, group_ptr,
-                    of_map(number, a_0_ptr, a_1_ptr, a_2_ptr),
-                    of_map(number, table_0_ptr, table_1_ptr, table_2_ptr),
-                    of_map(number, scaling_0_ptr, scaling_1_ptr, scaling_2_ptr),
+                    of_map(number, (a_0_ptr, a_1_ptr, a_2_ptr)),
+                    of_map(number, (table_0_ptr, table_1_ptr, table_2_ptr)),
+                    of_map(number, (scaling_0_ptr, scaling_1_ptr, scaling_2_ptr)),
                     scratch_ptr + part * Z_PART + number * Z_MAP,
                     WIDTH, TOKENS, TOKENS_POW2, NUM_ADAPTERS, MAX_PAGES, PAGE_ROWS, Z_COLUMNS,
                     SHRINK_K, WINDOW_ROWS, PRECISION,
@@ -291,11 +289,11 @@ def linear_tiles(
             # Columns past the last repeat it, so that loads need no mask.
             column = tl.minimum(columns, out - 1)
         if SHRINKS > 0:
-            b_ptr = of_map(number, b_0_ptr, b_1_ptr, b_2_ptr)
-            table_ptr = of_map(number, table_0_ptr, table_1_ptr, table_2_ptr)
+            b_ptr = of_map(number, (b_0_ptr, b_1_ptr, b_2_ptr))
+            table_ptr = of_map(number, (table_0_ptr, table_1_ptr, table_2_ptr))
             table_ptr += (layer * 2 + 1) * NUM_ADAPTERS * MAX_PAGES
             expands = (ALL_PARTS == 1) | (part == PARTS)
-            has_pages = expands & is_given(number, b_0_ptr, b_1_ptr, b_2_ptr)
+            has_pages = expands & is_given(number, (b_0_ptr, b_1_ptr, b_2_ptr))
             if BLOCK_M == 1:
                 adapter = tl.load(group_ptr) - 1
                 has_pages = has_pages & (adapter >= 0)
@@ -313,7 +311,7 @@ def linear_tiles(
                 # Looked up before the products, which then hide the wait.
                 slot_adapter, mine = find_adapters(0, tl.where(has_pages, adapter, -1), slot, SLOTS)
                 pool_row = find_pages(slot_adapter, 0, table_ptr, 1, MAX_PAGES, PAGES)
-        weight_ptr = of_map(number, weight_0_ptr, weight_1_ptr, weight_2_ptr)
+        weight_ptr = of_map(number, (weight_0_ptr, weight_1_ptr, weight_2_ptr))
         weight_ptr += layer.to(tl.int64) * (out * WIDTH)
         if BLOCK_M == 1:
             total = multiply_row(x_ptr, weight_ptr, column, WIDTH, BLOCK_N, BLOCK_K, STAGES)
@@ -324,9 +322,9 @@ def linear_tiles(
             )  # fmt: skip
         # Added first of all: of a sum of one step the compiler makes one that starts from the bias,
         # and it must do so with LoRA, too, or rows of the base model would be rounded otherwise.
-        bias_ptr = of_map(number, bias_0_ptr, bias_1_ptr, bias_2_ptr)
+        bias_ptr = of_map(number, (bias_0_ptr, bias_1_ptr, bias_2_ptr))
         if bias_ptr is not None:
-            has_bias = is_given(number, bias_0_ptr, bias_1_ptr, bias_2_ptr) & (part == 0)
+            has_bias = is_given(number, (bias_0_ptr, bias_1_ptr, bias_2_ptr)) & (part == 0)
             bias = tl.load(bias_ptr + layer * out + column, mask=has_bias, other=0.0)
             total += bias.to(tl.float32)[:, None]
         if SHRINKS > 0:
@@ -365,59 +363,6 @@ def linear_tiles(
                 tl.trans(total.to(y_ptr.dtype.element_ty)),
                 mask=inside[:, None] & (columns < out)[None, :],
             )
-
-
-@triton.jit
-def of_map(number, first, second, third):
-    """Of three maps' pointers that of one; of a map that has none, any."""
-    if first is None:
-        if second is None:
-            pointer = third
-        else:
-            pointer = second
-            if third is not None:
-                pointer = tl.where(number == 2, third, pointer)
-    else:
-        pointer = first
-        if second is not None:
-            pointer = tl.where(number == 1, second, pointer)
-        if third is not None:
-            pointer = tl.where(number == 2, third, pointer)
-    return pointer
-
-
-@triton.jit
-def is_given(number, first, second, third):
-    """Whether one of three maps has such a pointer."""
-    given = number < 0
-    if first is not None:
-        given = given | (number == 0)
-    if second is not None:
-        given = given | (number == 1)
-    if third is not None:
-        given = given | (number == 2)
-    return given
-
-
-@triton.jit
-def find_block(
-    block,
-    OUT_0: tl.constexpr,
-    OUT_1: tl.constexpr,
-    OUT_2: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-):
-    """The map of a block of columns, the block's number in it, its outputs, the first of them."""
-    BLOCKS_0: tl.constexpr = (OUT_0 + BLOCK_N - 1) // BLOCK_N
-    BLOCKS_1: tl.constexpr = (OUT_1 + BLOCK_N - 1) // BLOCK_N
-    number = (block >= BLOCKS_0).to(tl.int32) + (block >= BLOCKS_0 + BLOCKS_1).to(tl.int32)
-    block -= tl.where(number == 0, 0, tl.where(number == 1, BLOCKS_0, BLOCKS_0 + BLOCKS_1))
-    out = tl.where(number == 0, OUT_0, tl.where(number == 1, OUT_1, OUT_2))
-    start = tl.where(number == 0, 0, tl.where(number == 1, OUT_0, OUT_0 + OUT_1))
-    if OUT_0 % 8 == 0 and OUT_1 % 8 == 0 and OUT_2 % 8 == 0:
-        # The compiler does not see it through a choice, and would load pages number by number.
-        out, start = tl.multiple_of(out, 8), tl.multiple_of(start, 8)
-    return number, block, out, start
 
 
 @triton.jit

@@ -16,7 +16,7 @@ from jax import Array
 
 from moelora_kernels.backend import Launch, Tiled, launch, precision, scalar
 from moelora_kernels.expert_lora.triton_expand import spread, tile_adapters
-from moelora_kernels.linear.triton import MAX_MAPS, find_block
+from moelora_kernels.linear.triton_maps import find_block, map_outputs, map_parameters
 from moelora_kernels.tuning.tiles import LinearTiles, linear_shrink_tiles
 from moelora_kernels.types import PAGE_ROWS, Buffer, LinearMap, SitePages, TokenSort
 
@@ -33,8 +33,6 @@ def linear_lora(
     tiles: LinearTiles,
 ) -> Array:
     """See :func:`moelora_kernels.linear_lora`."""
-    if len(maps) > MAX_MAPS:
-        raise ValueError(f"at most {MAX_MAPS} maps can share a launch, not {len(maps)}")
     tokens, width = x.shape
     sites = [] if sort is None else [m.pages for m in maps if m.pages is not None]
     ranks: list[Buffer | None] = [None, None, None]
@@ -44,22 +42,25 @@ def linear_lora(
         ranks, parts = [sort.row_of_pair, sort.group_of_row, z], z.shape[0]
         _, _, adapters, max_pages, _ = sites[0].table.shape
         max_rank = sites[0].max_rank
-    arrays: list[Array | Tiled | None] = []
+    arrays: list[tuple[Array | Tiled | None, ...]] = []
     for m in maps:
-        pages = m.pages if sites else None
         # The stack's layers lie one below the other.
-        arrays += [Tiled(m.weight.reshape(-1, width), (tiles.block_n, tiles.block_k)), m.bias]
-        arrays += [None, None] if pages is None else [pages.b_pool, pages.table]
-    arrays += [None] * (4 * (MAX_MAPS - len(maps)))
-    outputs = [m.weight.shape[1] for m in maps] + [0] * (MAX_MAPS - len(maps))
-    blocks = sum(triton.cdiv(out, tiles.block_n) for out in outputs)
+        weight = Tiled(m.weight.reshape(-1, width), (tiles.block_n, tiles.block_k))
+        pages = m.pages if sites else None
+        expand = (None, None) if pages is None else (pages.b_pool, pages.table)
+        arrays.append((weight, m.bias, *expand))
+    outputs = map_outputs(maps)
+    blocks = sum(triton.cdiv(out, tiles.block_n) for out in outputs.values())
     (y,) = launch(
         multiply_tiles,
-        (Tiled(x, (tiles.block_m, tiles.block_k)), scalar(layer), *arrays, *ranks),
-        [jax.ShapeDtypeStruct((tokens, sum(outputs)), dtype)],
+        (
+            *(Tiled(x, (tiles.block_m, tiles.block_k)), scalar(layer)),
+            *(*map_parameters(arrays), *ranks),
+        ),
+        [jax.ShapeDtypeStruct((tokens, sum(outputs.values())), dtype)],
         None,
         Launch((triton.cdiv(tokens, tiles.block_m) * blocks,), tiles.num_warps, tiles.num_stages),
-        **{f"OUT_{number}": size for number, size in enumerate(outputs)},
+        **outputs,
         WIDTH=width,
         TOKENS=tokens,
         BLOCK_M=tiles.block_m,
@@ -80,14 +81,13 @@ def linear_lora(
 def shrink(x: Array, sites: Sequence[SitePages], layer: Array, sort: TokenSort) -> Array:
     """Rank activations of sorted rows, ``[parts, sites, tokens, max_rank]``, whose parts add up."""
     tokens, width = x.shape
-    missing = MAX_MAPS - len(sites)
-    factors = [array for site in sites for array in (site.a_pool, site.table, site.scaling)]
+    factors = map_parameters([(site.a_pool, site.table, site.scaling) for site in sites])
     tiles = linear_shrink_tiles(tokens, width, len(sites), x.dtype)
     step = tiles.num_warps * tiles.block_k
     _, _, adapters, max_pages, _ = sites[0].table.shape
     (z,) = launch(
         shrink_tiles,
-        (x, scalar(layer), sort.order, sort.group_of_row, *factors, *[None] * (3 * missing)),
+        (x, scalar(layer), sort.order, sort.group_of_row, *factors),
         [jax.ShapeDtypeStruct((tiles.parts, len(sites), tokens, sites[0].max_rank), jnp.float32)],
         None,
         Launch(
