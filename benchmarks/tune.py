@@ -31,7 +31,13 @@ from benchmarks.device import Device
 from benchmarks.workload import MODELS, Point, Workload, auto_adapters
 from moelora_kernels import backend, down, gate_up, shrink, sort_tokens
 from moelora_kernels.expert_lora.mosaic import MAX_TILE_ROWS
-from moelora_kernels.tuning.tiles import GemmTiles, MoeTiles, MosaicTiles, ShrinkTiles
+from moelora_kernels.tuning.tiles import (
+    PROCESSORS,
+    GemmTiles,
+    MoeTiles,
+    MosaicTiles,
+    ShrinkTiles,
+)
 
 FOLDER = Path(moelora_kernels.__file__).parent / "tuning"
 #: Layers in memory, so that no candidate finds the weights of the one before in the cache.
@@ -93,16 +99,15 @@ def gemm_candidates(tile_rows: int, halves: int, tokens: int) -> list[GemmTiles]
     ]
 
 
-def shrink_candidates(rows_per_expert: float) -> list[ShrinkTiles]:
+def shrink_candidates(rows_per_expert: float, tile_rows: int) -> list[ShrinkTiles]:
     """Tiles of a shrink in a launch of its own; none where the product's launch shrinks as well."""
     if rows_per_expert < 4:
         return []
     sizes = ((128, 2, 3), (128, 2, 4), (128, 4, 4), (256, 2, 3), (512, 2, 4), (512, 4, 3))
     return [
-        ShrinkTiles(block_k, warps, stages, run_rows, slots)
-        for (block_k, warps, stages), (run_rows, slots) in itertools.product(
-            sizes, ((16, 12), (32, 4), (64, 8))
-        )
+        ShrinkTiles(*size, run_rows, per_processor * PROCESSORS)
+        for size, run_rows, per_processor in itertools.product(sizes, (16, 32, 64), (4, 8))
+        if run_rows <= tile_rows
     ]
 
 
@@ -133,7 +138,7 @@ def measure_height(
     """Microseconds with LoRA and of the base model, and tiles, of every candidate."""
     point, config = work.point, work.point.config
     pairs, rows = point.tokens * config.top_k, point.tokens * config.top_k / config.num_experts
-    shrinks = shrink_candidates(rows)
+    shrinks = shrink_candidates(rows, tile_rows)
     # A product with a shrink before it takes the same time after every shrink.
     forms = [None] * (rows < 16) + shrinks[:1]
     runs = []
@@ -151,17 +156,22 @@ def measure_height(
     def program(state: Any, x: Any, params: Any, pages: Any, experts: Any, adapters: Any) -> Any:
         refs = jax.tree.map(jax.new_ref, state)
         gate, up, last = pages
-        sort = sort_tokens(
-            experts,
-            adapters,
-            jnp.int32(point.tokens),
-            num_experts=config.num_experts,
-            num_adapters=point.adapters,
-            tile_rows=tile_rows,
-            out=refs.sort,
-        )
+        sorts = {
+            run_rows: sort_tokens(
+                experts,
+                adapters,
+                jnp.int32(point.tokens),
+                num_experts=config.num_experts,
+                num_adapters=point.adapters,
+                tile_rows=tile_rows,
+                run_rows=run_rows,
+            )
+            for run_rows in {0, *(tiles.run_rows for tiles in shrinks)}
+        }
         common = {"tile_rows": tile_rows}
         for op, tiles, lora in runs:
+            form = tiles if isinstance(tiles, ShrinkTiles) else tiles.shrink
+            sort = sorts[form.run_rows if form else 0]
             for layer in map(jnp.int32, range(LAYERS)):
                 if isinstance(tiles, ShrinkTiles):
                     x_rows, sites, top_k, out = (

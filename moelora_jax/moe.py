@@ -305,6 +305,7 @@ def moe_experts(
         num_experts=config.num_experts,
         num_adapters=0 if pages is None else pages.gate.num_adapters,
         tile_rows=rows,
+        run_rows=None if tiles is None else tiles.run_rows,
         out=workspace.sort,
         implementation=implementation,
     )

@@ -108,15 +108,16 @@ def launch(
         kernel: a ``triton.jit`` function.
         inputs: arrays, references, matrices in blocks where nothing is written in place, or None
             for a pointer that is not read.
-        outputs: shapes and dtypes of new outputs.
-        refs: references to write instead; None makes new, uninitialised outputs.
+        outputs: shapes and dtypes of new, uninitialised outputs.
+        refs: references to write instead of the first outputs, or of all; None for none.
         how: grid, warps and stages.
         constants: the kernel's compile-time parameters.
 
     Returns:
-        The references, or the new arrays.
+        The references, then the new arrays.
     """
     module = jax_triton()
+    refs = tuple(refs or ())
     operands = [
         module.TensorDescriptor.from_array(*value) if isinstance(value, Tiled) else value
         for value in inputs
@@ -124,7 +125,7 @@ def launch(
     call = functools.partial(
         module.triton_call,
         kernel=kernel,
-        out_type=tuple(outputs) if refs is None else (),
+        out_type=tuple(outputs[len(refs) :]),
         grid=how.grid,
         num_warps=how.num_warps,
         num_stages=how.num_stages,
@@ -132,8 +133,8 @@ def launch(
         name=kernel.fn.__name__,
         **constants,
     )
-    results = call_in_place(call, *operands, *(refs or ()))
-    return tuple(results if refs is None else refs)
+    results = call_in_place(call, *operands, *refs)
+    return (*refs, *results)
 
 
 def call_in_place(call: Callable[..., Any], *operands: Buffer | None) -> Any:

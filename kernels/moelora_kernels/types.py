@@ -82,18 +82,18 @@ class TokenSort(NamedTuple):
     """Pairs (token, choice) grouped by expert, and within an expert by adapter.
 
     Pair ``i`` is choice ``i % top_k`` of token ``i // top_k``. A *row* is a position in the sorted
-    order. Tiles are at most ``tile_rows`` consecutive rows; unused entries of the maps are -1, and
-    come last.
+    order. Tiles are at most ``tile_rows`` consecutive rows, or ``run_rows``; unused entries of the
+    maps are -1, and come last.
 
     Attributes:
         order: int32 ``[pairs]``: pair of each row; -1 past the last real pair.
         row_of_pair: int32 ``[pairs]``: the inverse; -1 for pairs of padding tokens.
         expert_tiles: int32 ``[tiles, 3]``: expert, first row, end row. No tile spans two experts.
         run_tiles: int32 ``[tiles, 4]``: expert, adapter, first row, end row. No tile spans two
-            experts or two adapters, and rows without an adapter are in none. The loops of the
-            reference run over it; Triton's sort has none.
+            experts or two adapters, and rows without an adapter are in none. None where none were
+            asked for, and where Triton's sort knows no adapters.
         group_of_row: int32 ``[pairs]``: ``expert * (num_adapters + 1) + adapter + 1`` of each row;
-            -1 past the last real pair. Triton's kernels find runs with it.
+            -1 past the last real pair. Triton's products find the adapters of a tile with it.
     """
 
     order: Buffer

@@ -29,7 +29,7 @@ SHAPES = {
     "rank 128": (cases.Shape(300, 4, 16, 192, 320, 4, 8), 48),
     "64 adapters": (cases.Shape(520, 2, 4, 192, 192, 64, 1), 80),
 }
-SHRINK = ShrinkTiles(block_k=256, num_warps=2, num_stages=3, run_rows=16, slots=4)
+SHRINK = ShrinkTiles(block_k=256, num_warps=2, num_stages=3, run_rows=16)
 #: More items than processors, so that a processor has several.
 GEMM = MosaicTiles(SHRINK, order=3, processors=10)
 

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as st_numpy
 
 from moelora_kernels import TokenSort, sort_tokens, token_sort_shapes
+from moelora_kernels.expert_lora import reference
 from tests.kernels.cases import (
     POISON,
     assert_same_bits,
@@ -29,16 +30,17 @@ class SortShape(NamedTuple):
     num_experts: int
     num_adapters: int
     tile_rows: int
+    run_rows: int | None
     #: Entries by which the given buffers are larger than needed.
     extra: int
 
 
 SHAPES = (
-    SortShape(1, 2, 6, 3, 16, 0),
-    SortShape(7, 8, 8, 5, 4, 5),
-    SortShape(33, 2, 6, 4, 8, 40),
-    SortShape(12, 3, 40, 2, 1, 1),
-    SortShape(33, 1, 3, 0, 16, 3),
+    SortShape(1, 2, 6, 3, 16, None, 0),
+    SortShape(7, 8, 8, 5, 4, 4, 5),
+    SortShape(33, 2, 6, 4, 8, 3, 40),
+    SortShape(12, 3, 40, 2, 1, None, 1),
+    SortShape(33, 1, 3, 0, 16, 16, 3),
 )
 
 
@@ -63,9 +65,13 @@ def sort_cases(draw: st.DrawFn, shapes: Sequence[SortShape] = SHAPES) -> SortCas
 
 
 def run(case: SortCase, out: TokenSort | None) -> TokenSort:
-    _, _, num_experts, num_adapters, tile_rows, _ = case.shape
+    _, _, num_experts, num_adapters, tile_rows, run_rows, _ = case.shape
     program = compiled(
-        sort_tokens, num_experts=num_experts, num_adapters=num_adapters, tile_rows=tile_rows
+        sort_tokens,
+        num_experts=num_experts,
+        num_adapters=num_adapters,
+        tile_rows=tile_rows,
+        run_rows=run_rows,
     )
     return program(
         out,
@@ -82,6 +88,7 @@ def shapes_of(shape: SortShape) -> TokenSort:
         num_experts=shape.num_experts,
         num_adapters=shape.num_adapters,
         tile_rows=shape.tile_rows,
+        run_rows=shape.run_rows,
     )
 
 
@@ -143,7 +150,8 @@ def test_order_and_tiles(case: SortCase) -> None:
     every_row = list(range(len(rows)))
     adapter_rows = [row for row in every_row if adapter[row] >= 0]
     assert_tiles(sort.expert_tiles, [(e,) for e in expert], every_row, tile_rows)
-    assert_tiles(sort.run_tiles, list(zip(expert, adapter, strict=True)), adapter_rows, tile_rows)
+    run_rows = case.shape.run_rows or tile_rows
+    assert_tiles(sort.run_tiles, list(zip(expert, adapter, strict=True)), adapter_rows, run_rows)
 
 
 @settings(max_examples=20)
@@ -223,6 +231,31 @@ def test_tiles_without_rows_raise(tile_rows: int) -> None:
             num_adapters=0,
             tile_rows=tile_rows,
         )
+
+
+@pytest.mark.parametrize("run_rows", [-1, 17])
+def test_runs_longer_than_a_tile_raise(run_rows: int) -> None:
+    with pytest.raises(ValueError, match=f"at most tile_rows, 16, not {run_rows}"):
+        sort_tokens(
+            jnp.zeros((2, 1), jnp.int32),
+            None,
+            jnp.int32(2),
+            num_experts=3,
+            num_adapters=0,
+            tile_rows=16,
+            run_rows=run_rows,
+        )
+
+
+def test_a_sort_without_runs_says_so_to_a_shrink() -> None:
+    shape = SHAPES[2]
+    case = SortCase(
+        shape._replace(run_rows=0), 33, np.zeros((33, 2), np.int32), np.zeros(33, np.int32)
+    )
+    sort = run(case, None)
+    assert sort.run_tiles is None
+    with pytest.raises(ValueError, match="this sort has no runs"):
+        reference.run_tiles(sort)
 
 
 @pytest.mark.parametrize("field", TokenSort._fields)

@@ -108,7 +108,7 @@ def test_runs_of_any_length_sum_a_row_alike(max_pages: int) -> None:
     shape = cases.Shape(300, 2, 4, 320, 192, 16, max_pages)
     case = cases.LayerCase(cases.LayerSpec(shape, dtype="bfloat16"))
     pages = case.pages()
-    tiles = ShrinkTiles(block_k=128, num_warps=2, num_stages=3, run_rows=32, slots=4)
+    tiles = ShrinkTiles(block_k=128, num_warps=2, num_stages=3, run_rows=32)
 
     @jax.jit
     def ranks(adapter_of_token):
@@ -118,9 +118,10 @@ def test_runs_of_any_length_sum_a_row_alike(max_pages: int) -> None:
             case.device_num_tokens,
             num_experts=shape.experts,
             num_adapters=shape.adapters,
-            tile_rows=16,
+            tile_rows=32,
+            run_rows=32,
         )
-        sites, numbers = (pages.gate, pages.up), {"pairs": shape.pairs, "tile_rows": 16}
+        sites, numbers = (pages.gate, pages.up), {"pairs": shape.pairs, "tile_rows": 32}
         x = case.cast(case.x)
         z = shrink(x, sort, sites, case.layer, top_k=shape.top_k, tiles=tiles, **numbers)
         # Of pairs in their own order.
@@ -129,7 +130,7 @@ def test_runs_of_any_length_sum_a_row_alike(max_pages: int) -> None:
     mixed = jnp.arange(shape.tokens, dtype=jnp.int32) % shape.adapters
     among_others = np.asarray(ranks(mixed))
     for adapter in range(shape.adapters):
-        # Runs of about nine rows in the mixed batch, and of more than a window here.
+        # Runs of about nine rows in the mixed batch, and of more than a tile here.
         alone = np.asarray(ranks(jnp.full_like(mixed, adapter)))
         own = np.repeat(np.asarray(mixed) == adapter, shape.top_k)
         assert among_others[:, own].tobytes() == alone[:, own].tobytes()
@@ -146,12 +147,14 @@ def test_clamped_swiglu(dtype: str) -> None:
 @pytest.mark.parametrize("tokens", [1, 5, 64, 1000, 3000])
 @pytest.mark.parametrize("num_adapters", [0, 3, 64])
 @pytest.mark.parametrize("num_experts", [1, 60, 512])
-def test_sort(tokens: int, num_adapters: int, num_experts: int) -> None:
+@pytest.mark.parametrize("run_rows", [None, 5])
+def test_sort(tokens: int, num_adapters: int, num_experts: int, run_rows: int | None) -> None:
     rng = np.random.default_rng(0)
     top_k = min(8, num_experts)
     experts = rng.integers(num_experts, size=(tokens, top_k)).astype(np.int32)
     adapters = rng.integers(-1, max(num_adapters, 1), size=tokens).astype(np.int32)
     sizes = {"num_experts": num_experts, "num_adapters": num_adapters, "tile_rows": 16}
+    sizes |= {"run_rows": run_rows}
     shapes = token_sort_shapes(tokens + 3, top_k, **sizes)
 
     def program(implementation, experts, adapters, num_tokens):
@@ -171,7 +174,7 @@ def test_sort(tokens: int, num_adapters: int, num_experts: int) -> None:
         expected, actual = (
             jax.jit(program, static_argnums=0)(name, *arguments) for name in ("reference", "triton")
         )
-        for field in ("order", "row_of_pair", "expert_tiles", "group_of_row"):
+        for field in expected._fields:
             assert np.array_equal(getattr(expected, field), getattr(actual, field)), field
 
 

@@ -28,6 +28,7 @@ from moelora_kernels import (
     route,
     shrink,
     sort_tokens,
+    token_sort_shapes,
 )
 from moelora_kernels.backend import Tiled
 from moelora_kernels.expert_lora import triton_gather, triton_shrink
@@ -69,17 +70,17 @@ def poison(shape: jax.ShapeDtypeStruct) -> torch.Tensor:
 
 def interpret(kernel: Any, inputs: Any, outputs: Any, refs: Any, how: Any, **constants: Any) -> Any:
     """What :func:`moelora_kernels.backend.launch` does, with torch tensors for memory."""
-    tensors = [to_torch(ref[...]) for ref in refs] if refs else [poison(out) for out in outputs]
+    refs = tuple(refs or ())
+    tensors = [to_torch(ref[...]) for ref in refs]
+    tensors += [poison(out) for out in outputs[len(refs) :]]
     given = [to_torch(value) for value in inputs]
     kernel[how.grid](*given, *tensors, **constants)
     for value, tensor in zip(inputs, given, strict=True):
         if isinstance(value, jax.Ref):
             value[...] = to_jax(tensor)
-    if not refs:
-        return tuple(map(to_jax, tensors))
-    for ref, tensor in zip(refs, tensors, strict=True):
+    for ref, tensor in zip(refs, tensors, strict=False):
         ref[...] = to_jax(tensor)
-    return tuple(refs)
+    return (*refs, *map(to_jax, tensors[len(refs) :]))
 
 
 SHAPES = (
@@ -91,13 +92,13 @@ SHAPES = (
 #: One expert and one choice: the gate projection is a dense linear layer.
 DENSE_SHAPES = (Shape(7, 1, 1, 32, 32, 5, 4), Shape(33, 1, 1, 20, 48, 10, 2))
 #: Runs of rows, and a second step over pages and over adapters.
-RUNS = ShrinkTiles(block_k=32, num_warps=1, num_stages=1, run_rows=16, slots=2)
+RUNS = ShrinkTiles(block_k=32, num_warps=1, num_stages=1, run_rows=16, programs=5)
 PRODUCTS = GemmTiles(16, 16, 1, 1)
 #: More rows than runs have and fewer, few programs and many, one sum and several.
 SHRINKS = (
-    ShrinkTiles(block_k=16, num_warps=1, num_stages=1, run_rows=32, slots=1),
-    ShrinkTiles(block_k=64, num_warps=4, num_stages=1, run_rows=16, slots=1),
-    ShrinkTiles(block_k=32, num_warps=2, num_stages=1, run_rows=16, slots=3),
+    ShrinkTiles(block_k=16, num_warps=1, num_stages=1, run_rows=32, programs=1),
+    ShrinkTiles(block_k=64, num_warps=4, num_stages=1, run_rows=16, programs=1000),
+    ShrinkTiles(block_k=32, num_warps=2, num_stages=1, run_rows=16, programs=3),
 )
 #: One launch; few launches; a launch for each task.
 TILES = (
@@ -268,15 +269,30 @@ def check_sort() -> None:
     drawn, kept = rng.integers(20, size=(150, 2)), rng.integers(2, size=(150, 2))
     experts = jnp.asarray(drawn * kept, jnp.int32)
     adapters = jnp.asarray(rng.integers(-1, 4, size=150), jnp.int32)
-    for num_tokens, tile_rows in ((150, 16), (150, 48), (70, 144), (0, 16)):
+    for num_tokens, tile_rows, run_rows in (
+        (150, 16, 0), (150, 48, None), (150, 48, 16), (70, 144, 3), (0, 16, 16),
+    ):  # fmt: skip
         arguments = (experts, adapters, jnp.int32(num_tokens))
-        sizes = {"num_experts": 20, "num_adapters": 4, "tile_rows": tile_rows}
-        expected, actual = (
-            sort_tokens(*arguments, **sizes, implementation=name)  # type: ignore[arg-type]
-            for name in ("reference", "triton")
+        sizes: Any = {"num_experts": 20, "num_adapters": 4}
+        sizes |= {"tile_rows": tile_rows, "run_rows": run_rows}
+        shapes = token_sort_shapes(160, 2, **sizes)
+        expected, actual, given = (
+            sort_tokens(*arguments, **sizes, implementation=name, out=out)
+            for name, out in (
+                ("reference", None),
+                ("triton", None),
+                ("triton", TokenSort(*map(jax.new_ref, poisoned_like(shapes)))),
+            )
         )
-        for field in ("order", "row_of_pair", "expert_tiles", "group_of_row"):
-            assert np.array_equal(getattr(expected, field), getattr(actual, field)), field
+        assert (actual.run_tiles is None) == (run_rows == 0)
+        for field in TokenSort._fields:
+            if (wanted := getattr(expected, field)) is None:
+                continue
+            assert np.array_equal(wanted, getattr(actual, field)), field
+            in_buffer = np.asarray(getattr(given, field)[...])
+            assert np.array_equal(wanted, in_buffer[: len(wanted)]), field
+            # A map has nothing behind its tiles, whatever was there before.
+            assert field[-5:] != "tiles" or (in_buffer[len(wanted) :] == -1).all(), field
     print("sort", flush=True)
 
 
@@ -478,12 +494,15 @@ def main() -> None:
     # The form for large batches, in blocks that a small one fills.
     sort.MAX_COUNTED_PAIRS, sort.BLOCK_PAIRS = 0, 128
     check_sort()
+    # Several programs list runs, each of several blocks of groups.
+    sort.LIST_GROUPS, sort.LIST_PROGRAMS = 16, 3
+    check_sort()
     check_gather()
     # Rows are multiplied in several steps.
     triton_shrink.STEP_NUMBERS = triton_shrink.tl.constexpr(256)
     check_shared()
-    # Runs of several windows, which are cut; several chunks of tokens; more pages than are
-    # multiplied at once.
+    # Runs of several tiles, more and fewer than programs; several chunks of tokens; more pages than
+    # are multiplied at once.
     triton_shrink.CHUNK_TOKENS, triton_shrink.CHUNK_PROGRAMS = 16, 2
     for spec, stack_pages in (
         (LayerSpec(Shape(90, 2, 3, 40, 24, 3, 1), num_tokens=80, assignment="runs"), 8),

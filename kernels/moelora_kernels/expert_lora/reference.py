@@ -170,7 +170,7 @@ def down(
 def run_tiles(sort: TokenSort) -> Buffer:
     """The sort's map of runs."""
     if sort.run_tiles is None:
-        raise ValueError("Triton's sort has no run_tiles: sort with implementation='reference'")
+        raise ValueError("this sort has no runs: sort without run_rows=0")
     return sort.run_tiles
 
 

@@ -1,8 +1,9 @@
 """The shrink of experts in Triton: ``z = scaling · A · x`` for rows of (token, expert).
 
 Two forms. For few rows, one program per row: matrix-vector products with many loads in flight. For
-many, programs take runs of rows that share expert and adapter, and use the tensor cores. Where all
-experts name the same A pages of an adapter, a token is shrunk once for all of its experts.
+many, programs take runs of rows that share expert and adapter, as the sort lists them, and use the
+tensor cores. Where all experts name the same A pages of an adapter, a token is shrunk once for all
+of its experts.
 """
 
 from collections.abc import Sequence
@@ -16,6 +17,7 @@ from jax import Array
 
 from moelora_kernels.backend import Launch, launch, precision, scalar
 from moelora_kernels.expert_lora.triton_expand import spread
+from moelora_kernels.tiles import max_tiles
 from moelora_kernels.tuning.tiles import ShrinkTiles
 from moelora_kernels.types import PAGE_ROWS, Buffer, SitePages, TokenSort
 
@@ -27,6 +29,9 @@ STACK_PAGES = 8
 #: Numbers of A that a program of one row multiplies at once, and bytes that it copies ahead.
 STEP_NUMBERS = tl.constexpr(4096)
 COPIED_BYTES = tl.constexpr(68 * 1024)
+#: Registers of a thread where tokens are shrunk in the same launch as runs, which need fewer and
+#: shall not wait for places on the processors. The assembler then takes as many, needed or not.
+RUN_REGISTERS = 160
 
 
 def shrink(
@@ -51,19 +56,24 @@ def shrink(
         **shrink_constants(x, sites),
     }
     grid: tuple[int, ...]
+    max_registers = None
     if tiles.run_rows == 0:
         kernel, grid = shrink_rows, (pairs * len(sites),)
         constants["SITES"] = len(sites)
     else:
         kernel = shrink_runs
+        if sort.run_tiles is None:
+            raise ValueError("this sort has no runs: sort without run_rows=0")
         pages = min(constants["PAGE_LANES"], STACK_PAGES // len(sites))
         stack = pages * len(sites)
-        windows = triton.cdiv(pairs, tiles.run_rows) * tiles.slots
+        groups = constants["NUM_EXPERTS"] * constants["NUM_ADAPTERS"]
+        programs = min(tiles.programs, max_tiles(pairs, groups, tiles.run_rows))
         # Experts may share A of an adapter, which tokens are then multiplied with, not pairs.
         tokens = 0 if top_k is None or constants["NUM_EXPERTS"] == 1 else pairs // top_k
         token_programs = triton.cdiv(tokens, CHUNK_TOKENS) * CHUNK_PROGRAMS
-        inputs = (x, *rows, sort.row_of_pair, *inputs[3:])
-        grid = (token_programs + windows, triton.cdiv(constants["MAX_PAGES"], pages))
+        inputs = (x, *rows, sort.row_of_pair, sort.run_tiles, *inputs[3:])
+        grid = (token_programs + programs, triton.cdiv(constants["MAX_PAGES"], pages))
+        max_registers = RUN_REGISTERS if tokens else None
         if stack > 2:  # More pages make a step wider and give more warps work.
             tiles = replace(tiles, block_k=128, num_warps=4, num_stages=3)
         constants |= {
@@ -72,7 +82,8 @@ def shrink(
             "RUN_ROWS": tiles.run_rows,
             "SITES": len(sites),
             "PAGES": pages,
-            "SLOTS": tiles.slots,
+            "PROGRAMS": programs,
+            "NUM_RUN_TILES": sort.run_tiles.shape[0],
             "PRECISION": precision(x.dtype),
             "TOKEN_PROGRAMS": token_programs,
             "CHUNK_TOKENS": CHUNK_TOKENS,
@@ -82,7 +93,7 @@ def shrink(
         }
     outputs = [jax.ShapeDtypeStruct(shape, x.dtype)]
     refs = None if out is None else [out]
-    how = Launch(grid, num_warps=tiles.num_warps, num_stages=tiles.num_stages)
+    how = Launch(grid, tiles.num_warps, tiles.num_stages, max_registers)
     return launch(kernel, inputs, outputs, refs, how, **constants)[0]
 
 
@@ -235,6 +246,7 @@ def shrink_runs(
     order_ptr,
     group_ptr,
     row_of_pair_ptr,
+    run_tiles_ptr,
     layer_ptr,
     pool_0_ptr,
     table_0_ptr,
@@ -257,15 +269,16 @@ def shrink_runs(
     RUN_ROWS: tl.constexpr,
     SITES: tl.constexpr,
     PAGES: tl.constexpr,
-    SLOTS: tl.constexpr,
     PRECISION: tl.constexpr,
+    PROGRAMS: tl.constexpr,
+    NUM_RUN_TILES: tl.constexpr,
     TOKEN_PROGRAMS: tl.constexpr,
     CHUNK_TOKENS: tl.constexpr,
     CHUNK_PROGRAMS: tl.constexpr,
     ADAPTERS_POW2: tl.constexpr,
     EXPERTS_POW2: tl.constexpr,
 ):
-    """The first ``TOKEN_PROGRAMS`` programs shrink tokens, the others rows of (token, expert).
+    """The first ``TOKEN_PROGRAMS`` programs shrink tokens, ``PROGRAMS`` others the listed runs.
 
     A token whose adapter has the same pages for all experts is shrunk once, and its rank
     activations are written to the rows of all of its experts.
@@ -273,29 +286,56 @@ def shrink_runs(
     program = tl.program_id(0)
     layer = tl.load(layer_ptr)
     if program >= TOKEN_PROGRAMS:
-        shrink_window(
-            program - TOKEN_PROGRAMS, x_ptr, order_ptr, group_ptr, layer,
-            pool_0_ptr, table_0_ptr, scaling_0_ptr, pool_1_ptr, table_1_ptr, scaling_1_ptr, z_ptr,
-            WIDTH, TOP_K, NUM_EXPERTS, NUM_ADAPTERS, MAX_PAGES, PAGE_ROWS, Z_ROWS, Z_COLUMNS,
-            BLOCK_K, PAIRS, RUN_ROWS, SITES, PAGES, SLOTS, PRECISION,
-            TOKEN_PROGRAMS > 0, EXPERTS_POW2,
-        )  # fmt: skip
+        run = program - TOKEN_PROGRAMS
+        expert, adapter, first, end = load_run(run, run_tiles_ptr, NUM_RUN_TILES)
+        while expert >= 0:
+            # Those of the next run arrive during the product.
+            run += PROGRAMS
+            next_expert, next_adapter, next_first, next_end = load_run(
+                run, run_tiles_ptr, NUM_RUN_TILES
+            )
+            shrink_run(
+                expert, adapter, first, end, x_ptr, order_ptr, layer, pool_0_ptr, table_0_ptr,
+                scaling_0_ptr, pool_1_ptr, table_1_ptr, scaling_1_ptr, z_ptr,
+                WIDTH, TOP_K, NUM_EXPERTS, NUM_ADAPTERS, MAX_PAGES, PAGE_ROWS, Z_ROWS, Z_COLUMNS,
+                BLOCK_K, RUN_ROWS, SITES, PAGES, PRECISION, TOKEN_PROGRAMS > 0, EXPERTS_POW2,
+            )  # fmt: skip
+            expert, adapter, first, end = next_expert, next_adapter, next_first, next_end
     elif TOKEN_PROGRAMS > 0:
-        shrink_chunk(
-            program, x_ptr, row_of_pair_ptr, group_ptr, layer,
-            pool_0_ptr, table_0_ptr, scaling_0_ptr, pool_1_ptr, table_1_ptr, scaling_1_ptr, z_ptr,
-            WIDTH, TOP_K, NUM_EXPERTS, NUM_ADAPTERS, MAX_PAGES, PAGE_ROWS, Z_ROWS, Z_COLUMNS,
-            BLOCK_K, PAIRS // TOP_K, RUN_ROWS, SITES, PAGES, PRECISION,
-            CHUNK_TOKENS, CHUNK_PROGRAMS, ADAPTERS_POW2, EXPERTS_POW2,
-        )  # fmt: skip
+        if may_share_pages(
+            layer, table_0_ptr, table_1_ptr,
+            NUM_EXPERTS, NUM_ADAPTERS, MAX_PAGES, SITES, PAGES, ADAPTERS_POW2,
+        ):  # fmt: skip
+            shrink_chunk(
+                program, x_ptr, row_of_pair_ptr, group_ptr, layer, pool_0_ptr, table_0_ptr,
+                scaling_0_ptr, pool_1_ptr, table_1_ptr, scaling_1_ptr, z_ptr,
+                WIDTH, TOP_K, NUM_EXPERTS, NUM_ADAPTERS, MAX_PAGES, PAGE_ROWS, Z_ROWS, Z_COLUMNS,
+                BLOCK_K, PAIRS // TOP_K, RUN_ROWS, SITES, PAGES, PRECISION,
+                CHUNK_TOKENS, CHUNK_PROGRAMS, ADAPTERS_POW2, EXPERTS_POW2,
+            )  # fmt: skip
 
 
 @triton.jit
-def shrink_window(
-    program,
+def load_run(run, run_tiles_ptr, NUM_RUN_TILES: tl.constexpr):
+    """Expert, adapter, first row and end row of an entry of the list; -1 past the last."""
+    inside = run < NUM_RUN_TILES
+    entry_ptr = run_tiles_ptr + run * 4
+    return (
+        tl.load(entry_ptr, mask=inside, other=-1),
+        tl.load(entry_ptr + 1, mask=inside, other=-1),
+        tl.load(entry_ptr + 2, mask=inside, other=-1),
+        tl.load(entry_ptr + 3, mask=inside, other=-1),
+    )
+
+
+@triton.jit
+def shrink_run(
+    expert,
+    adapter,
+    first,
+    end,
     x_ptr,
     order_ptr,
-    group_ptr,
     layer,
     pool_0_ptr,
     table_0_ptr,
@@ -313,71 +353,42 @@ def shrink_window(
     Z_ROWS: tl.constexpr,
     Z_COLUMNS: tl.constexpr,
     BLOCK_K: tl.constexpr,
-    PAIRS: tl.constexpr,
     RUN_ROWS: tl.constexpr,
     SITES: tl.constexpr,
     PAGES: tl.constexpr,
-    SLOTS: tl.constexpr,
     PRECISION: tl.constexpr,
     SKIP_SHARED: tl.constexpr,
     EXPERTS_POW2: tl.constexpr,
 ):
-    """The runs that begin in a window of ``RUN_ROWS`` rows, shared among ``SLOTS`` programs.
+    """Rows of one expert and adapter, from ``first`` to ``end``.
 
-    A run is a stretch of rows of one expert and adapter. One of more than ``RUN_ROWS`` is cut where
-    windows begin, so that one adapter's batch spreads over the device. The pages of all sites are
-    columns of one product, for which the rows are read once. With ``SKIP_SHARED``, runs whose pages
-    all experts share are left out.
+    The pages of all sites are columns of one product, for which the rows are read once. With
+    ``SKIP_SHARED``, nothing is done where all experts share the pages.
     """
-    window, program_slot = program // SLOTS, program % SLOTS
-    lane = tl.arange(0, RUN_ROWS)
-    rows = window * RUN_ROWS + lane
-    inside = rows < PAIRS
-    group = tl.load(group_ptr + rows, mask=inside, other=-1)
-    before = tl.load(group_ptr + rows - 1, mask=inside & (rows > 0), other=-1)
-    earlier = tl.load(group_ptr + rows - RUN_ROWS, mask=inside & (rows >= RUN_ROWS), other=-1)
-    # Rows of the base model have no run, nor do those past the last, whose group is -1.
-    has_adapter = (group >= 0) & (group % (NUM_ADAPTERS + 1) > 0)
-    # The run that goes on in this window is longer than that if two rows so far apart are of it.
-    goes_on = tl.sum(tl.where(lane == 0, group, 0), 0) == group
-    cut = (lane == 0) & (tl.max((goes_on & (group == earlier)).to(tl.int32), 0) > 0)
-    begins = (has_adapter & ((group != before) | cut)).to(tl.int32)
-    number = tl.where(begins > 0, tl.cumsum(begins, 0) - 1, -1)
-    for run in range(program_slot, tl.sum(begins, 0), SLOTS):
-        row = tl.max(tl.where(number == run, rows, 0), 0)
-        run_group = tl.max(tl.where(number == run, group, 0), 0)
-        adapter = run_group % (NUM_ADAPTERS + 1) - 1
-        expert = run_group // (NUM_ADAPTERS + 1)
-        # All that is looked up at once, as each wait takes as long as some steps of the product.
-        run_rows = row + lane
-        same = tl.load(group_ptr + run_rows, mask=run_rows < PAIRS, other=-1) == run_group
-        after = tl.load(group_ptr + row + RUN_ROWS, mask=row + RUN_ROWS < PAIRS, other=-1)
-        x_rows = run_rows
-        if TOP_K > 0:
-            x_rows = tl.load(order_ptr + run_rows, mask=run_rows < PAIRS, other=0) // TOP_K
-        entry_ptrs, scaling_ptrs, page = find_entries(
-            adapter, layer, table_0_ptr, scaling_0_ptr, table_1_ptr, scaling_1_ptr,
-            NUM_EXPERTS, NUM_ADAPTERS, MAX_PAGES, SITES, PAGES,
-        )  # fmt: skip
-        pool_row = tl.load(entry_ptrs + expert, mask=page < MAX_PAGES, other=-1)
-        scaling = tl.load(scaling_ptrs + expert)
+    rows = first + tl.arange(0, RUN_ROWS)
+    inside = rows < end
+    # All that is looked up at once, as each wait takes as long as some steps of the product.
+    x_rows = rows
+    if TOP_K > 0:
+        x_rows = tl.load(order_ptr + rows, mask=inside, other=0) // TOP_K
+    entry_ptrs, scaling_ptrs, page = find_entries(
+        adapter, layer, table_0_ptr, scaling_0_ptr, table_1_ptr, scaling_1_ptr,
+        NUM_EXPERTS, NUM_ADAPTERS, MAX_PAGES, SITES, PAGES,
+    )  # fmt: skip
+    pool_row = tl.load(entry_ptrs + expert, mask=page < MAX_PAGES, other=-1)
+    scaling = tl.load(scaling_ptrs + expert)
+    shared = False
+    if SKIP_SHARED:
+        shared = have_shared_pages(
+            entry_ptrs, scaling_ptrs, page < MAX_PAGES, expert, NUM_EXPERTS, EXPERTS_POW2
+        )
+    if not shared:
         a_ptrs = rank_rows(pool_row, pool_0_ptr, pool_1_ptr, WIDTH, PAGE_ROWS, SITES, PAGES)
-        # A longer run is cut where the next window begins.
-        same = same & ((after != run_group) | (run_rows < (window + 1) * RUN_ROWS))
-        if SKIP_SHARED:
-            shared = share_pages(
-                entry_ptrs, scaling_ptrs, page < MAX_PAGES, expert, NUM_EXPERTS, EXPERTS_POW2
-            )
-        else:
-            shared = False
-        if not shared:
-            z = multiply_pages(
-                x_rows, same, pool_row, scaling, a_ptrs, x_ptr,
-                WIDTH, BLOCK_K, PAGE_ROWS, PRECISION,
-            )  # fmt: skip
-            store_ranks(
-                z, run_rows, same, z_ptr, MAX_PAGES, PAGE_ROWS, Z_ROWS, Z_COLUMNS, SITES, PAGES
-            )
+        z = multiply_pages(
+            x_rows, inside, pool_row, scaling, a_ptrs, x_ptr,
+            WIDTH, BLOCK_K, PAGE_ROWS, PRECISION,
+        )  # fmt: skip
+        store_ranks(z, rows, inside, z_ptr, MAX_PAGES, PAGE_ROWS, Z_ROWS, Z_COLUMNS, SITES, PAGES)
 
 
 @triton.jit
@@ -417,7 +428,8 @@ def shrink_chunk(
 
     ``CHUNK_PROGRAMS`` programs share the chunk.
     """
-    token = program // CHUNK_PROGRAMS * CHUNK_TOKENS + tl.arange(0, CHUNK_TOKENS)
+    first_token = program // CHUNK_PROGRAMS * CHUNK_TOKENS
+    token = first_token + tl.arange(0, CHUNK_TOKENS)
     first_row = tl.load(row_of_pair_ptr + token * TOP_K, mask=token < TOKENS, other=-1)
     group = tl.load(group_ptr + first_row, mask=first_row >= 0, other=0)
     # Adapter plus one: zero for the base model and for padding.
@@ -429,30 +441,33 @@ def shrink_chunk(
     lane = tl.arange(0, RUN_ROWS)
     for tile in range(program % CHUNK_PROGRAMS, tl.sum(tiles, 0), CHUNK_PROGRAMS):
         mine = tl.sum((tiles_end <= tile).to(tl.int32), 0)
-        adapter = mine - 1
         entry_ptrs, scaling_ptrs, page = find_entries(
-            adapter, layer, table_0_ptr, scaling_0_ptr, table_1_ptr, scaling_1_ptr,
+            mine - 1, layer, table_0_ptr, scaling_0_ptr, table_1_ptr, scaling_1_ptr,
             NUM_EXPERTS, NUM_ADAPTERS, MAX_PAGES, SITES, PAGES,
         )  # fmt: skip
         pool_row = tl.load(entry_ptrs + 0, mask=page < MAX_PAGES, other=-1)
         scaling = tl.load(scaling_ptrs + 0)
         a_ptrs = rank_rows(pool_row, pool_0_ptr, pool_1_ptr, WIDTH, PAGE_ROWS, SITES, PAGES)
-        if share_pages(entry_ptrs, scaling_ptrs, page < MAX_PAGES, 0, NUM_EXPERTS, EXPERTS_POW2):
-            before = tl.sum(tl.where(numbers < mine, tiles, 0), 0)
-            is_mine = number == mine
-            place = tl.cumsum(is_mine.to(tl.int32), 0) - 1 - (tile - before) * RUN_ROWS
-            chosen = is_mine[:, None] & (place[:, None] == lane[None, :])
-            tokens = tl.max(tl.where(chosen, token[:, None], -1), 0)
+        if have_shared_pages(
+            entry_ptrs, scaling_ptrs, page < MAX_PAGES, 0, NUM_EXPERTS, EXPERTS_POW2
+        ):
+            before = tl.sum(tl.where(numbers < mine, tiles, 0), 0) * RUN_ROWS
+            left = tl.sum(tl.where(numbers == mine, counts, 0), 0) + before - tile * RUN_ROWS
+            # How many of the adapter's tokens there are up to each, from this tile on. The token of
+            # a lane comes after all that have no more than the lane's number. Counting them takes
+            # fewer registers than comparing each token with each lane, and so do the other runs.
+            place = tl.cumsum((number == mine).to(tl.int32), 0) + before - tile * RUN_ROWS
+            earlier = tl.histogram(tl.maximum(place, 0), RUN_ROWS, mask=place < RUN_ROWS)
+            inside = lane < left
+            tokens = tl.where(inside, first_token + tl.cumsum(earlier, 0), 0)
             z = multiply_pages(
-                tl.maximum(tokens, 0), tokens >= 0, pool_row, scaling, a_ptrs, x_ptr,
+                tokens, inside, pool_row, scaling, a_ptrs, x_ptr,
                 WIDTH, BLOCK_K, PAGE_ROWS, PRECISION,
             )  # fmt: skip
             for choice in range(TOP_K):
-                rows = tl.load(
-                    row_of_pair_ptr + tokens * TOP_K + choice, mask=tokens >= 0, other=-1
-                )
+                rows = tl.load(row_of_pair_ptr + tokens * TOP_K + choice, mask=inside, other=-1)
                 store_ranks(
-                    z, rows, rows >= 0, z_ptr,
+                    z, rows, inside, z_ptr,
                     MAX_PAGES, PAGE_ROWS, Z_ROWS, Z_COLUMNS, SITES, PAGES,
                 )  # fmt: skip
 
@@ -508,6 +523,47 @@ def rank_rows(
 
 
 @triton.jit
+def may_share_pages(
+    layer,
+    table_0_ptr,
+    table_1_ptr,
+    NUM_EXPERTS: tl.constexpr,
+    NUM_ADAPTERS: tl.constexpr,
+    MAX_PAGES: tl.constexpr,
+    SITES: tl.constexpr,
+    PAGES: tl.constexpr,
+    ADAPTERS_POW2: tl.constexpr,
+):
+    """Whether the first two experts share this program's first page of any adapter."""
+    adapter = tl.arange(0, ADAPTERS_POW2)
+    page = tl.program_id(1) * PAGES
+    entry = ((layer * 2 * NUM_ADAPTERS + adapter) * MAX_PAGES + page) * NUM_EXPERTS
+    inside = adapter < NUM_ADAPTERS
+    pool_row = tl.load(table_0_ptr + entry, mask=inside, other=-1)
+    shared = (pool_row >= 0) & (tl.load(table_0_ptr + entry + 1, mask=inside, other=-1) == pool_row)
+    if SITES == 2:
+        pool_row = tl.load(table_1_ptr + entry, mask=inside, other=-1)
+        other = tl.load(table_1_ptr + entry + 1, mask=inside, other=-1)
+        shared = shared | ((pool_row >= 0) & (other == pool_row))
+    return tl.max(shared.to(tl.int32), 0) > 0
+
+
+@triton.jit
+def have_shared_pages(
+    entry_ptrs,
+    scaling_ptrs,
+    inside,
+    expert,
+    NUM_EXPERTS: tl.constexpr,
+    EXPERTS_POW2: tl.constexpr,
+):
+    """Whether there are pages, and all experts have the same; see :func:`share_pages`."""
+    pool_row = tl.load(entry_ptrs + expert, mask=inside, other=-1)
+    shared = share_pages(entry_ptrs, scaling_ptrs, inside, expert, NUM_EXPERTS, EXPERTS_POW2)
+    return shared & (tl.max(pool_row, 0) >= 0)
+
+
+@triton.jit
 def share_pages(
     entry_ptrs,
     scaling_ptrs,
@@ -548,13 +604,14 @@ def multiply_pages(
     PAGE_ROWS: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """``scaling · A · x`` of some rows of x, in float32."""
+    """``scaling · A · x`` of some rows of x, in float32: zeros, where there is no page at all."""
     depth = tl.arange(0, BLOCK_K)
     has_page = spread(pool_row >= 0, PAGE_ROWS)
     x_tile = (x_ptr + x_rows.to(tl.int64) * WIDTH)[:, None] + depth[None, :]
     a_tile = a_ptrs[:, None] + depth[None, :]
     z = tl.zeros([x_rows.shape[0], a_ptrs.shape[0]], tl.float32)
-    for k in range(0, WIDTH, BLOCK_K):
+    width = tl.where(tl.max(pool_row, 0) >= 0, WIDTH, 0)
+    for k in range(0, width, BLOCK_K):
         x_mask, a_mask = inside[:, None], has_page[:, None]
         if WIDTH % BLOCK_K != 0:
             left = (k + depth < WIDTH)[None, :]

@@ -14,16 +14,22 @@ from moelora_kernels.types import TokenSort
 
 
 def token_sort_shapes(
-    tokens: int, top_k: int, *, num_experts: int, num_adapters: int, tile_rows: int
+    tokens: int,
+    top_k: int,
+    *,
+    num_experts: int,
+    num_adapters: int,
+    tile_rows: int,
+    run_rows: int | None = None,
 ) -> TokenSort:
     """Shapes of the arrays of a sort, all int32: what a workspace must hold.
 
     The maps are as long as the worst routing needs: one partly filled tile in every group that can
-    have rows at all.
+    have rows at all. ``run_rows`` of None or 0 is ``tile_rows``.
     """
-    pairs = tokens * top_k
+    pairs, run_rows = tokens * top_k, run_rows or tile_rows
     expert_tiles = max_tiles(pairs, num_experts, tile_rows)
-    run_tiles = max_tiles(pairs, num_experts * num_adapters, tile_rows) if num_adapters else 0
+    run_tiles = max_tiles(pairs, num_experts * num_adapters, run_rows) if num_adapters else 0
     shapes = ((pairs,), (pairs,), (expert_tiles, 3), (run_tiles, 4), (pairs,))
     arrays: Any = (jax.ShapeDtypeStruct(shape, "int32") for shape in shapes)
     return TokenSort(*arrays)
@@ -37,6 +43,7 @@ def sort_tokens(
     num_experts: int,
     num_adapters: int,
     tile_rows: int,
+    run_rows: int | None = None,
     out: TokenSort | None = None,
     implementation: Implementation | None = None,
 ) -> TokenSort:
@@ -50,6 +57,8 @@ def sort_tokens(
         num_experts: E.
         num_adapters: adapter slots; 0 is allowed.
         tile_rows: rows of a full tile.
+        run_rows: rows of a full tile of a run, at most ``tile_rows``, which None is; 0 lists no
+            runs, for products that find them themselves.
         out: references to write, at least as large as :func:`token_sort_shapes` says.
         implementation: None chooses by the default device.
 
@@ -58,8 +67,16 @@ def sort_tokens(
     """
     if tile_rows < 1:
         raise ValueError(f"tile_rows must be at least 1, not {tile_rows}")
+    if run_rows is None:
+        run_rows = tile_rows
+    elif not 0 <= run_rows <= tile_rows:
+        raise ValueError(f"run_rows must be at most tile_rows, {tile_rows}, not {run_rows}")
     shapes = token_sort_shapes(
-        *experts.shape, num_experts=num_experts, num_adapters=num_adapters, tile_rows=tile_rows
+        *experts.shape,
+        num_experts=num_experts,
+        num_adapters=num_adapters,
+        tile_rows=tile_rows,
+        run_rows=run_rows,
     )
     for name in shapes._fields if out is not None else ():
         have, need = getattr(out, name), getattr(shapes, name)
@@ -75,6 +92,7 @@ def sort_tokens(
             num_experts=num_experts,
             num_adapters=num_adapters,
             tile_rows=tile_rows,
+            run_rows=run_rows,
             shapes=shapes,
             out=out,
         )
@@ -90,9 +108,9 @@ def sort_tokens(
         num_experts=num_experts,
         num_adapters=num_adapters,
         tile_rows=tile_rows,
+        run_rows=run_rows or tile_rows,
         num_expert_tiles=sizes.expert_tiles.shape[0],
         num_run_tiles=run_tiles.shape[0],
     )
-    if out is None:
-        return TokenSort(*values)
-    return TokenSort(*map(result, out, values))
+    sort = TokenSort(*values) if out is None else TokenSort(*map(result, out, values))
+    return sort if run_rows else sort._replace(run_tiles=None)

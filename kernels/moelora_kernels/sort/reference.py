@@ -14,6 +14,7 @@ def sort_tokens(
     num_experts: int,
     num_adapters: int,
     tile_rows: int,
+    run_rows: int,
     num_expert_tiles: int,
     num_run_tiles: int,
 ) -> tuple[Array, Array, Array, Array, Array]:
@@ -42,7 +43,7 @@ def sort_tokens(
     of_expert = by_expert.sum(axis=1, dtype=jnp.int32)
     expert_tiles = group_tiles(of_expert, even_tile_rows(of_expert, tile_rows), num_expert_tiles)
 
-    run_tiles = _run_tiles(by_expert, tile_rows, num_run_tiles)
+    run_tiles = _run_tiles(by_expert, run_rows, num_run_tiles)
     return order, row_of_pair, jnp.stack(expert_tiles, axis=1), run_tiles, group_of_row
 
 

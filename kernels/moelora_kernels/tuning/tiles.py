@@ -44,14 +44,14 @@ class ShrinkTiles:
         num_warps: warps per program.
         num_stages: steps whose loads are in flight; of runs alone.
         run_rows: rows of a run at most, which are multiplied at once; 0 for one program per row.
-        slots: programs that share the runs that begin in ``run_rows`` rows.
+        programs: that share the list of runs, at most.
     """
 
     block_k: int
     num_warps: int
     num_stages: int
     run_rows: int = 0
-    slots: int = 4
+    programs: int = 6 * PROCESSORS
 
 
 @dataclass(frozen=True)
@@ -160,6 +160,13 @@ class MoeTiles:
     down: GemmTiles | MosaicTiles
     one_launch: bool = False
 
+    @property
+    def run_rows(self) -> int:
+        """Rows of a tile of a run, for the sort: what each shrink of runs can do; 0 for none."""
+        shrinks = (self.gate_up.shrink, self.down.shrink)
+        rows = (shrink.run_rows for shrink in shrinks if shrink and shrink.run_rows)
+        return min(rows, default=0)
+
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
 
@@ -240,14 +247,16 @@ def shrink_rule(rows_per_expert: float, dtype: DTypeLike) -> ShrinkTiles:
 
 def _shrink_of_runs(rows_per_expert: float) -> ShrinkTiles:
     if rows_per_expert < 128:
-        return ShrinkTiles(block_k=128, num_warps=2, num_stages=4, run_rows=16, slots=8)
-    return ShrinkTiles(block_k=128, num_warps=2, num_stages=3, run_rows=32, slots=4)
+        return ShrinkTiles(block_k=128, num_warps=2, num_stages=4, run_rows=16)
+    return ShrinkTiles(block_k=128, num_warps=2, num_stages=3, run_rows=32)
 
 
 def dense_tiles(tokens: int, dtype: DTypeLike) -> tuple[ShrinkTiles, GemmTiles]:
     """Tiles of the shrink and of the expand."""
     # A dense layer has few rows of each adapter at a time, as an expert with them has.
     shrink = shrink_rule(tokens / 8, dtype)
+    # Sorts of tokens by adapter have tiles of 16 rows.
+    shrink = replace(shrink, run_rows=min(shrink.run_rows, 16))
     return shrink, GemmTiles(block_n=128, block_k=64, num_warps=4, num_stages=1)
 
 
