@@ -64,7 +64,7 @@ class LatentAttention(nnx.Module):
         turned_key = jnp.broadcast_to(turned_key, turned_query.shape)
 
         key = jnp.concatenate([plain_key, turned_key], axis=-1)
-        for cache, values in zip(step.cache, (key, value), strict=True):
+        for cache, values in zip((step.cache.keys, step.cache.values), (key, value), strict=True):
             write_cache(cache, values, layer, step.block_of_token, step.offset_of_token)
         yarn = config.rope.yarn
         attended = attend(
