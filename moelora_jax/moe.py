@@ -1,5 +1,6 @@
 """One MoE layer with LoRA, built from the kernels: a function, and a flax module for research."""
 
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import jax
@@ -146,7 +147,11 @@ def moe_router(
 
     Returns:
         Float32 logits, then as :func:`moelora_kernels.route`.
+
+    Raises:
+        MoeLoraError: an array has another shape or dtype than ``config`` and ``x`` ask for.
     """
+    _check_router(x, params, config)
     logits = linear_lora(
         x,
         [LinearMap(params.router, params.router_bias, pages)],
@@ -214,7 +219,6 @@ def moe_lora(
         MoeLoraError: an array has another shape or dtype than ``config`` and ``x`` ask for, or the
             call is differentiated or vmapped.
     """
-    _check(x, params, config, adapter_of_token, pages)
     x, params, pages = _forward_only((x, params, pages))
     _, experts, weights = moe_router(x, params, layer, config, implementation=implementation)
     return moe_experts(
@@ -251,7 +255,7 @@ def moe_experts(
     tiles: MoeTiles | None = None,
 ) -> Buffer:
     """The second half of :func:`moe_lora`: ``experts`` and their float32 ``weights`` are given."""
-    _check(x, params, config, adapter_of_token, pages)
+    _check_experts(x, params, config, adapter_of_token, pages)
     tokens, top_k = experts.shape
     pairs = tokens * top_k
     if num_tokens is None:
@@ -353,27 +357,39 @@ def moe_experts(
     )
 
 
-def _check(
+#: A name, the array that was given, and the shape and dtype that it must have.
+type _Expected = tuple[str, Array | None, tuple[int, ...], DTypeLike]
+
+
+def _check_router(x: Array, params: MoeParams, config: MoeConfig) -> None:
+    """Check what :func:`moe_router` reads."""
+    layers, experts, hidden = params.gate_up.shape[0], config.num_experts, config.hidden_size
+    _check(
+        x,
+        hidden,
+        [
+            ("params.router", params.router, (layers, experts, hidden), x.dtype),
+            ("params.router_bias", params.router_bias, (layers, experts), x.dtype),
+            ("params.correction_bias", params.correction_bias, (layers, experts), jnp.float32),
+        ],
+    )
+
+
+def _check_experts(
     x: Array,
     params: MoeParams,
     config: MoeConfig,
     adapter_of_token: Array | None,
     pages: ExpertPages | None,
 ) -> None:
-    """Refuse shapes and dtypes that contradict each other: kernels would read what is elsewhere."""
+    """Check what :func:`moe_experts` reads."""
     if (adapter_of_token is None) != (pages is None):
         raise MoeLoraError("adapter_of_token and pages must be given together")
-    experts, hidden, inner = config.num_experts, config.hidden_size, config.intermediate_size
-    if x.ndim != 2 or x.shape[0] < 1:
-        raise MoeLoraError(f"x must be [tokens, hidden] of some tokens, not {list(x.shape)}")
-    layers = params.gate_up.shape[0]
-    expected: list[tuple[str, Array | None, tuple[int, ...], DTypeLike]] = [
-        ("x", x, (x.shape[0], hidden), x.dtype),
-        ("params.router", params.router, (layers, experts, hidden), x.dtype),
+    layers, experts = params.gate_up.shape[0], config.num_experts
+    hidden, inner = config.hidden_size, config.intermediate_size
+    expected: list[_Expected] = [
         ("params.gate_up", params.gate_up, (layers, experts, 2, inner, hidden), x.dtype),
         ("params.down", params.down, (layers, experts, hidden, inner), x.dtype),
-        ("params.router_bias", params.router_bias, (layers, experts), x.dtype),
-        ("params.correction_bias", params.correction_bias, (layers, experts), jnp.float32),
         ("params.gate_up_bias", params.gate_up_bias, (layers, experts, 2, inner), x.dtype),
         ("params.down_bias", params.down_bias, (layers, experts, hidden), x.dtype),
     ]
@@ -386,7 +402,14 @@ def _check(
                 expected.append((f"pages.{name}.{side}_pool", pool, page, x.dtype))
             table = (*site.table.shape[:4], experts)
             expected.append((f"pages.{name}.table", site.table, table, jnp.int32))
-    for name, array, shape, dtype in expected:
+    _check(x, hidden, expected)
+
+
+def _check(x: Array, hidden: int, expected: Iterable[_Expected]) -> None:
+    """Refuse shapes and dtypes that contradict each other: kernels would read what is elsewhere."""
+    if x.ndim != 2 or x.shape[0] < 1:
+        raise MoeLoraError(f"x must be [tokens, hidden] of some tokens, not {list(x.shape)}")
+    for name, array, shape, dtype in [("x", x, (x.shape[0], hidden), x.dtype), *expected]:
         if array is not None and (array.shape != shape or array.dtype != dtype):
             raise MoeLoraError(
                 f"{name} is {array.dtype}{list(array.shape)}; with this config and x it must be "
