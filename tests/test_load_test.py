@@ -233,6 +233,8 @@ def test_the_command_says_what_is_wrong(server: Served) -> None:
         (["http://127.0.0.1:9"], "does not list"),
         ([server.url, "--input-lengths", "many"], "no distribution"),
         ([server.url, "--json", server.folder], "is a folder"),
+        # Found before the load has run, which takes a key.
+        ([server.url, "--plot", server.folder / "plot.txt"], "must end in one of"),
         (
             [server.url, "--api-key", KEY, "--input-lengths", 500, "--requests", 3, "--rate", 100],
             "HTTP 400",

@@ -20,7 +20,7 @@ from moelora_jax.cli.sizes import (
 )
 from moelora_jax.errors import RequestError
 from moelora_jax.files import new_file
-from moelora_jax.load_test.report import PERCENTILES, Goal, plot, summarize
+from moelora_jax.load_test.report import PERCENTILES, Goal, check_plot, plot, summarize
 from moelora_jax.load_test.runner import Outcome, ServerTarget, Target, run_load
 from moelora_jax.load_test.workload import Lengths, PlannedRequest, Workload
 
@@ -136,6 +136,8 @@ def bench_serve(
     for path in (json_output, plot_output):
         if path is not None:
             check_output(path)
+    if plot_output is not None:
+        check_plot(plot_output)
     workload = Workload(
         rate=rate,
         num_requests=requests,

@@ -98,6 +98,24 @@ def _statistics(values: Sequence[float]) -> dict[str, float] | None:
     }
 
 
+def check_plot(path: Path) -> None:
+    """See now, and not when the load has run, that :func:`plot` can draw a file.
+
+    Raises:
+        MissingPackageError: matplotlib is not installed.
+        MoeLoraError: matplotlib does not know the format.
+    """
+    try:
+        from matplotlib.figure import Figure
+    except ModuleNotFoundError as cause:
+        raise MissingPackageError(f"{cause}; plots need it", "bench") from cause
+
+    formats = Figure().canvas.get_supported_filetypes()
+    if path.suffix.lower().removeprefix(".") not in formats:
+        endings = ", ".join(f".{name}" for name in formats)
+        raise MoeLoraError(f"{path}: a plot's name must end in one of {endings}")
+
+
 def plot(outcomes: Sequence[Outcome], path: Path) -> None:
     """Draw the distributions of both latencies, and tokens per second over time.
 
@@ -109,10 +127,8 @@ def plot(outcomes: Sequence[Outcome], path: Path) -> None:
         MissingPackageError: matplotlib is not installed.
         MoeLoraError: matplotlib does not know the format.
     """
-    try:
-        from matplotlib.figure import Figure
-    except ModuleNotFoundError as cause:
-        raise MissingPackageError(f"{cause}; plots need it", "bench") from cause
+    check_plot(path)
+    from matplotlib.figure import Figure
 
     finished = [outcome for outcome in outcomes if outcome.error is None]
     figure = Figure(figsize=(12, 3.5), layout="constrained")
@@ -131,7 +147,4 @@ def plot(outcomes: Sequence[Outcome], path: Path) -> None:
     rate.set(title="output", xlabel="s", ylabel="tokens/s")
     for axes in (first, between, rate):
         axes.grid(alpha=0.3)
-    try:
-        figure.savefig(path)
-    except ValueError as cause:
-        raise MoeLoraError(f"{path}: {cause}") from cause
+    figure.savefig(path)
