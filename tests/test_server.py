@@ -5,6 +5,7 @@ import json
 import re
 import threading
 from collections.abc import Iterator
+from dataclasses import asdict, replace
 from http.client import HTTPConnection
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,10 @@ RENDERED = (
     "<|im_start|>assistant\n"
 )
 SAMPLED = Sampling(temperature=1.5, top_k=50, top_p=0.9, seed=8)
+ADJUSTED = {
+    "min_p": 0.02, "frequency_penalty": 0.7, "presence_penalty": -0.4, "repetition_penalty": 1.4,
+    "logit_bias": {5: 1.5, 200: -3.0},
+}  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -49,7 +54,7 @@ def alone(llm: LLM, folder: Path) -> dict[tuple[str, str, Sampling], list[int]]:
     text_model = TextModel.load(folder / "model", llm.config.eos_tokens)
     rows = [(PROMPT, model, Sampling()) for model in MODELS]
     rows += [(RENDERED, model, Sampling()) for model in (MODEL, "both-r16")]
-    rows += [(PROMPT, "experts-r8", SAMPLED)]
+    rows += [(PROMPT, "experts-r8", SAMPLED), (PROMPT, "experts-r8", replace(SAMPLED, **ADJUSTED))]
 
     def generate(text: str, model: str, sampling: Sampling) -> list[int]:
         prompt = Prompt(text_model.encode(text), None if model == MODEL else model)
@@ -442,6 +447,40 @@ def test_token_ids_of_chats(server: Served) -> None:
     assert [token for part in parts for token in part] == choice["token_ids"]
 
 
+def test_penalties_and_biases(server: Served, alone: Any) -> None:
+    adjusted = replace(SAMPLED, **ADJUSTED)
+    answer = server.request(
+        "POST",
+        "/v1/completions",
+        {**asdict(adjusted), "model": "experts-r8", "prompt": PROMPT, "max_tokens": 24}
+        | {"ignore_eos": True, "return_token_ids": True},
+    )[1]
+    tokens = answer["choices"][0]["token_ids"]
+    assert tokens == alone[PROMPT, "experts-r8", adjusted]
+    assert tokens != alone[PROMPT, "experts-r8", SAMPLED]
+
+
+def test_a_least_number_of_tokens(server: Served, alone: Any) -> None:
+    free = alone[PROMPT, MODEL, Sampling()]
+    text = server.service.text_model.tokenizer.decode(free)
+    sent = body(max_tokens=24, temperature=0, ignore_eos=True, return_token_ids=True)
+
+    def ask(**values: Any) -> list[int]:
+        (choice,) = server.request("POST", "/v1/completions", {**sent, **values})[1]["choices"]
+        return choice["token_ids"]
+
+    stop: dict[str, Any] = {"stop_token_ids": free[2:3]}
+    assert ask(**stop) == free[: free.index(free[2]) + 1]
+    later = ask(**stop, min_tokens=8)
+    assert len(later) > 8
+    assert free[2] not in later[:8]
+
+    assert len(ask(stop=text[2])) <= 8
+    later = ask(stop=text[2], min_tokens=8)
+    assert len(later) > 8
+    assert later == free[: len(later)]
+
+
 def events(server: Served, path: str, sent: dict[str, Any]) -> list[dict[str, Any]]:
     status, text = server.request("POST", path, {**sent, "stream": True})
     assert status == 200, text
@@ -530,9 +569,19 @@ def test_an_answer_that_was_begun_is_continued(server: Served, client: OpenAI) -
         ({"echo": True, "logprobs": 1}, "echo", "unsupported_parameter"),
         ({"best_of": 2}, "best_of", "unsupported_parameter"),
         ({"suffix": "end"}, "suffix", "unsupported_parameter"),
-        ({"logit_bias": {"5": 1}}, "logit_bias", "unsupported_parameter"),
-        ({"frequency_penalty": 0.5}, "frequency_penalty", "unsupported_parameter"),
-        ({"repetition_penalty": 1.1}, "repetition_penalty", "unsupported_parameter"),
+        ({"logit_bias": {"5": 101}}, "logit_bias", "invalid_request"),
+        ({"logit_bias": {"five": 1}}, "logit_bias", "invalid_request"),
+        ({"logit_bias": {"-5": 1}}, "logit_bias", "invalid_request"),
+        ({"logit_bias": {"5": True}}, "logit_bias", "invalid_request"),
+        ({"logit_bias": [5]}, "logit_bias", "invalid_request"),
+        ({"logit_bias": dict.fromkeys(map(str, range(301)), 1)}, "logit_bias", "invalid_request"),
+        ({"logit_bias": {"272": 1}}, None, "invalid_request"),
+        ({"frequency_penalty": 2.5}, "frequency_penalty", "invalid_request"),
+        ({"presence_penalty": -2.5}, "presence_penalty", "invalid_request"),
+        ({"repetition_penalty": 0}, "repetition_penalty", "invalid_request"),
+        ({"min_p": 1.5}, "min_p", "invalid_request"),
+        ({"min_tokens": -1}, "min_tokens", "invalid_request"),
+        ({"min_tokens": 9, "max_tokens": 8}, None, "invalid_request"),
         ({"skip_special_tokens": False}, "skip_special_tokens", "unsupported_parameter"),
         ({"tools": [{"type": "function"}]}, "tools", "unsupported_parameter"),
         ({"temprature": 0}, "temprature", "unknown_parameter"),
@@ -549,7 +598,9 @@ def test_bad_values_are_named(
         assert param in found["message"]
 
 
-@pytest.mark.parametrize("name", ["temperature", "top_p", "seed"])
+@pytest.mark.parametrize(
+    "name", ["temperature", "top_p", "seed", "min_p", "frequency_penalty", "repetition_penalty"]
+)
 @pytest.mark.parametrize("value", ["NaN", "Infinity", "-Infinity", "1e999"])
 def test_numbers_that_are_none(server: Served, name: str, value: str) -> None:
     sent = json.dumps(body()).removesuffix("}") + f', "{name}": {value}}}'

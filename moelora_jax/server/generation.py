@@ -5,7 +5,7 @@ import logging
 import secrets
 import time
 from collections.abc import AsyncIterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 
 from moelora_jax.engine.async_engine import AsyncEngine
 from moelora_jax.engine.requests import Request, TokenOutput
@@ -169,7 +169,9 @@ class Completion:
             if output.finish_reason is not None:
                 text += detokenizer.finish()
             self._decoded += len(text)
-            text = self.stop_strings.push(text)
+            # As in vLLM, min_tokens holds for stop strings, too.
+            if self.num_tokens > self.stream.request.sampling.min_tokens:
+                text = self.stop_strings.push(text)
             reason: str | None = output.finish_reason
             if self.stop_strings.found:
                 reason = "stop"
@@ -300,13 +302,13 @@ def _num_new_tokens(prompt: int, wanted: int | None, limits: Limits) -> int:
 
 
 def _sampling(request: GenerationRequest, seed: int) -> Sampling:
-    """The API's defaults, not the engine's: an API samples unless asked not to."""
-    return Sampling(
-        temperature=1.0 if request.temperature is None else request.temperature,
-        top_k=max(request.top_k or 0, 0),  # -1 is vLLM's way to say all.
-        top_p=1.0 if request.top_p is None else request.top_p,
-        seed=seed % 2**31,
-    )
+    """What a request asks for; the API's parameters have the names that the engine has for them."""
+    options = {each.name: getattr(request, each.name) for each in fields(Sampling)}
+    options = {name: value for name, value in options.items() if value is not None}
+    options["top_k"] = max(request.top_k or 0, 0)  # -1 is vLLM's way to say all.
+    options["seed"] = seed % 2**31
+    # An API samples unless asked not to, other than the engine.
+    return Sampling(**{"temperature": 1.0} | options)
 
 
 def _interrupted(reason: str) -> ApiError:

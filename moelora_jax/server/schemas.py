@@ -6,10 +6,11 @@ those that change nothing in the answer are let pass.
 
 from typing import Annotated, Any, Literal, cast
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 from moelora_jax.engine.sampling import MAX_LOGPROBS
 from moelora_jax.server.errors import ApiError
+from moelora_jax.workspace import MAX_BIASES
 
 #: Parameters that say nothing about the answer's text.
 _WITHOUT_EFFECT = {
@@ -33,24 +34,18 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "chat_template": (),
     "documents": (),
     "echo": (False,),
-    "frequency_penalty": (0,),
     "function_call": ("none",),
     "functions": ([],),
     "include_stop_str_in_output": (False,),
     "kv_transfer_params": (),
     "length_penalty": (1,),
-    "logit_bias": ({},),
-    "min_p": (0,),
-    "min_tokens": (0,),
     "mm_processor_kwargs": (),
     "modalities": (["text"],),
     "moderation": (),
     "prediction": (),
-    "presence_penalty": (0,),
     "priority": (0,),
     "prompt_logprobs": (),
     "reasoning_effort": (),
-    "repetition_penalty": (1,),
     "response_format": ({"type": "text"},),
     "service_tier": ("auto", "default"),
     "skip_special_tokens": (True,),
@@ -69,6 +64,12 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
 _Probability = Annotated[float, Field(gt=0, le=1)]
 _StopString = Annotated[str, Field(min_length=1, max_length=1024)]
 _Token = Annotated[int, Field(ge=0, lt=2**31)]
+#: Names in JSON are strings.
+_TokenName = Annotated[
+    _Token, BeforeValidator(lambda name: int(name) if str(name).isdecimal() else name)
+]
+_Penalty = Annotated[float, Field(ge=-2, le=2)]
+_Bias = Annotated[float, Field(ge=-100, le=100)]
 
 
 class StreamOptions(BaseModel):
@@ -94,12 +95,18 @@ class GenerationRequest(BaseModel):
     max_tokens: Annotated[int, Field(ge=1)] | None = None
     temperature: Annotated[float, Field(ge=0)] | None = None
     top_p: _Probability | None = None
+    frequency_penalty: _Penalty | None = None
+    presence_penalty: _Penalty | None = None
+    logit_bias: Annotated[dict[_TokenName, _Bias], Field(max_length=MAX_BIASES)] | None = None
     seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = None
     stop: _StopString | Annotated[list[_StopString], Field(max_length=16)] | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     # As vLLM has them.
     top_k: Annotated[int, Field(ge=-1, lt=2**31)] | None = None
+    min_p: Annotated[float, Field(ge=0, le=1)] | None = None
+    repetition_penalty: Annotated[float, Field(ge=0.01, le=100)] | None = None
+    min_tokens: Annotated[int, Field(ge=0, lt=2**31)] | None = None
     stop_token_ids: Annotated[list[_Token], Field(max_length=1024)] | None = None
     ignore_eos: bool | None = None
     return_token_ids: bool | None = None
