@@ -562,7 +562,15 @@ def test_an_adapter_of_another_model(folder: Path, tmp_path: Path, rows: Path) -
 
 @pytest.mark.parametrize(
     ("option", "value", "reason"),
-    [("--temperature", -1, "temperature must be"), ("--top-p", 0, "top_p must be")],
+    [
+        ("--temperature", -1, "temperature must be"),
+        ("--top-p", 0, "top_p must be"),
+        ("--min-p", 2, "min_p must be"),
+        ("--frequency-penalty", 3, "frequency_penalty must be"),
+        ("--presence-penalty", -3, "presence_penalty must be"),
+        ("--repetition-penalty", 0, "repetition_penalty must be"),
+        ("--min-tokens", -1, "min_tokens must be"),
+    ],
 )
 def test_bad_sampling(folder: Path, rows: Path, option: str, value: float, reason: str) -> None:
     assert reason in error("generate", "--model", folder, "--input", rows, option, value)

@@ -52,6 +52,34 @@ def generate(
             help="Sample among the best tokens that together have this probability.",
         ),
     ] = 1.0,
+    min_p: Annotated[
+        float,
+        typer.Option(
+            rich_help_panel=_SAMPLING,
+            help="Sample among the tokens with at least this share of the best one's probability.",
+        ),
+    ] = 0.0,
+    frequency_penalty: Annotated[
+        float,
+        typer.Option(
+            rich_help_panel=_SAMPLING, help="Against a token, for each time it was generated."
+        ),
+    ] = 0.0,
+    presence_penalty: Annotated[
+        float,
+        typer.Option(rich_help_panel=_SAMPLING, help="Against a token that was generated at all."),
+    ] = 0.0,
+    repetition_penalty: Annotated[
+        float,
+        typer.Option(
+            rich_help_panel=_SAMPLING,
+            help="Above 1 against tokens of the prompt and generated ones, by a factor.",
+        ),
+    ] = 1.0,
+    min_tokens: Annotated[
+        int,
+        typer.Option(rich_help_panel=_SAMPLING, help="Tokens to generate for each row, at least."),
+    ] = 0,
     seed: Annotated[
         int,
         typer.Option(
@@ -71,7 +99,17 @@ def generate(
     from moelora_jax.cli.loading import prepare
     from moelora_jax.engine.sampling import Sampling
 
-    sampling = Sampling(temperature=temperature, top_k=top_k, top_p=top_p, seed=seed)
+    sampling = Sampling(
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        min_p=min_p,
+        seed=seed,
+        frequency_penalty=frequency_penalty,
+        presence_penalty=presence_penalty,
+        repetition_penalty=repetition_penalty,
+        min_tokens=min_tokens,
+    )
     if output is not None:
         check_output(output, rows)
     job = prepare(
