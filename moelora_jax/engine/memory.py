@@ -93,7 +93,7 @@ def estimate_temporaries(config: ModelConfig, runtime: RuntimeConfig, dtype: DTy
     XLA decides that when it compiles. It needs, one after the other, activations between kernels
     with a copy of one layer's attention weights, and several arrays as large as the logits of all
     rows while tokens are chosen. On an H200 it was 314 MB for 128 rows of Qwen3-30B-A3B (here 467)
-    and 104 MB for 32 of gpt-oss-20b (here 154).
+    and 104 MB for 32 of gpt-oss-20b (here 154); the first is 392 since logits may be adjusted, too.
     """
     hidden, item = config.hidden_size, jnp.dtype(dtype).itemsize
     queries, keys = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
