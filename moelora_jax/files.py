@@ -15,7 +15,7 @@ def new_folder(folder: str | Path, error: type[MoeLoraError]) -> Iterator[Path]:
     """A folder to write into, which takes the name ``folder`` if the block succeeds.
 
     Raises:
-        MoeLoraError: of the class ``error``, if something is there already.
+        MoeLoraError: of the class ``error``, if something is there already, or cannot be written.
     """
     folder = Path(folder).absolute()
     if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
@@ -33,7 +33,11 @@ def new_folder(folder: str | Path, error: type[MoeLoraError]) -> Iterator[Path]:
 
 @contextmanager
 def new_file(path: Path) -> Iterator[Path]:
-    """A file to write, which takes the name ``path`` if the block succeeds, whatever was there."""
+    """A file to write, which takes the name ``path`` if the block succeeds, whatever was there.
+
+    Raises:
+        MoeLoraError: it cannot be written.
+    """
     path = path.absolute()
     with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as temporary:
         new = Path(temporary, path.name)

@@ -550,7 +550,7 @@ def test_a_failed_save_leaves_nothing(tmp_path: Path, monkeypatch: pytest.Monkey
         raise OSError("disk full")
 
     monkeypatch.setattr(checkpoint, "save_file", fail)
-    with pytest.raises(OSError, match="disk full"):
+    with pytest.raises(CheckpointError, match="model: cannot be written: disk full"):
         save_checkpoint(tmp_path / "model", CONFIG, TABLE, random_arrays(TABLE, np.float32))
     assert list(tmp_path.iterdir()) == []
 
