@@ -4,7 +4,7 @@ A parameter that is not known, or that asks for what the server cannot do, is re
 those that change nothing in the answer are let pass.
 """
 
-from typing import Annotated, Any, Literal, cast
+from typing import Annotated, Any, Literal, NoReturn, cast
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
@@ -72,6 +72,10 @@ _Penalty = Annotated[float, Field(ge=-2, le=2)]
 _Bias = Annotated[float, Field(ge=-100, le=100)]
 
 
+def _refuse(param: str, message: str, code: str = "invalid_request") -> NoReturn:
+    raise ApiError(400, message, code, param=param)
+
+
 class StreamOptions(BaseModel):
     """Of a streamed answer."""
 
@@ -121,11 +125,10 @@ class GenerationRequest(BaseModel):
         for name, value in values.items():
             if name in _NEUTRAL and name not in cls.model_fields:
                 if value is not None and value not in _NEUTRAL[name]:
-                    raise ApiError(
-                        400,
+                    _refuse(
+                        name,
                         f"the parameter {name!r} is not supported by this server; leave it out",
                         "unsupported_parameter",
-                        param=name,
                     )
             elif name not in _WITHOUT_EFFECT:
                 kept[name] = value
@@ -134,12 +137,7 @@ class GenerationRequest(BaseModel):
     @model_validator(mode="after")
     def _check_stream_options(self) -> "GenerationRequest":
         if self.stream_options is not None and not self.stream:
-            raise ApiError(
-                400,
-                "stream_options is only allowed with stream=true",
-                "invalid_request",
-                param="stream_options",
-            )
+            _refuse("stream_options", "stream_options is only allowed with stream=true")
         return self
 
     @property
@@ -168,18 +166,16 @@ class CompletionRequest(GenerationRequest):
     @model_validator(mode="after")
     def _check_combinations(self) -> "CompletionRequest":
         if self.best_of is not None and self.best_of != (self.n or 1):
-            raise ApiError(
-                400,
+            _refuse(
+                "best_of",
                 "the parameter 'best_of' is not supported by this server, unless it equals n",
                 "unsupported_parameter",
-                param="best_of",
             )
         if self.echo and self.logprobs is not None:
-            raise ApiError(
-                400,
+            _refuse(
+                "echo",
                 "log-probabilities of the prompt are not supported: use echo without logprobs",
                 "unsupported_parameter",
-                param="echo",
             )
         return self
 
@@ -233,11 +229,9 @@ class Conversation(BaseModel):
     @model_validator(mode="after")
     def _check_continuation(self) -> "Conversation":
         if self.continue_final_message and self.add_generation_prompt:
-            raise ApiError(
-                400,
+            _refuse(
+                "continue_final_message",
                 "continue_final_message is only allowed with add_generation_prompt=false",
-                "invalid_request",
-                param="continue_final_message",
             )
         return self
 
@@ -253,12 +247,7 @@ class ChatCompletionRequest(GenerationRequest, Conversation):
     @model_validator(mode="after")
     def _check_logprobs(self) -> "ChatCompletionRequest":
         if self.top_logprobs and not self.logprobs:  # vLLM's clients send 0, its default.
-            raise ApiError(
-                400,
-                "top_logprobs is only allowed with logprobs=true",
-                "invalid_request",
-                param="top_logprobs",
-            )
+            _refuse("top_logprobs", "top_logprobs is only allowed with logprobs=true")
         return self
 
 
@@ -276,13 +265,12 @@ class TokenizeRequest(Conversation):
     @model_validator(mode="after")
     def _check_one(self) -> "TokenizeRequest":
         if (self.prompt is None) == (self.messages is None):
-            raise ApiError(400, "give either prompt or messages", "invalid_request", param="prompt")
+            _refuse("prompt", "give either prompt or messages")
         if self.messages is not None and self.add_special_tokens:
-            raise ApiError(
-                400,
+            _refuse(
+                "add_special_tokens",
                 "the chat template writes the special tokens: leave add_special_tokens out",
                 "unsupported_parameter",
-                param="add_special_tokens",
             )
         return self
 
